@@ -1,0 +1,180 @@
+"""Writes docs/pitfalls.md: each known pitfall, who was bitten by it, and the test here that would catch it.
+
+Run it from anywhere: `python docs/make_pitfalls.py`. With `--check` nothing is written; it fails where the page is out of date.
+The column of tests is read off the names `test_<ID>_<sentence>` under tests/, so it lists what exists and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "pitfalls.md"
+
+REPOSITORIES = {
+    "DeepSeek-R1": "deepseek-ai/DeepSeek-R1",
+    "GRM": "YangRui2015/Generalizable-Reward-Model",
+    "LLaMA-Factory": "hiyouga/LLaMA-Factory",
+    "Lightning": "Lightning-AI/pytorch-lightning",
+    "Liger": "linkedin/Liger-Kernel",
+    "NeMo-Aligner": "NVIDIA/NeMo-Aligner",
+    "OpenRLHF": "OpenRLHF/OpenRLHF",
+    "VeOmni": "ByteDance-Seed/VeOmni",
+    "ms-swift": "modelscope/ms-swift",
+    "open-instruct": "allenai/open-instruct",
+    "open-r1": "huggingface/open-r1",
+    "prime-rl": "PrimeIntellect-ai/prime-rl",
+    "reward-bench": "allenai/reward-bench",
+    "transformers": "huggingface/transformers",
+    "trl": "huggingface/trl",
+    "unsloth": "unslothai/unsloth",
+    "verl": "volcengine/verl",
+}
+
+
+class Pitfall(NamedTuple):
+    """One way to be silently wrong. `bitten` names threads as repository#number, separated by blanks."""
+
+    id: str
+    what: str
+    bitten: str = ""
+
+
+SECTIONS: dict[str, list[Pitfall]] = {
+    "Tokens, templates, truncation": [
+        Pitfall("T1", "The end-of-text token is masked out because it is also the padding token", "trl#6357 trl#3200 trl#1623"),
+        Pitfall("T2", "Padding id 0 is a real token of the vocabulary", "trl#1284 trl#1692"),
+        Pitfall("T3", "The template writes a BOS and the tokenizer adds another", "OpenRLHF#393 open-r1#462 prime-rl#367 GRM#6"),
+        Pitfall("T4", "The chat template prints today's date, so tokens change overnight"),
+        Pitfall("T5", "The templated prompt is no prefix of the templated conversation", "trl#6433"),
+        Pitfall("T6", "The tokenizer merges the end of the prompt with the start of the response"),
+        Pitfall("T7", "Conversations end with two EOS, or with a newline after it", "trl#4908"),
+        Pitfall("T8", "A truncated response is given an EOS it never had"),
+        Pitfall(
+            "T9", "Truncation leaves an empty response, and its mean is NaN", "trl#6548 trl#3382 trl#3398 open-instruct#1685"
+        ),
+        Pitfall("T10", "The length filter looks at the chosen response only", "open-instruct#1597"),
+        Pitfall("T11", "Chosen and rejected are equal once truncated, so the pair teaches nothing"),
+        Pitfall("T12", "Taking the common prefix as prompt swallows the first token of the answers"),
+        Pitfall("T13", "Embedding rows that only pad the vocabulary are counted by one path and not by another", "verl#5349"),
+    ],
+    "Log-probabilities": [
+        Pitfall("L1", "Logits and labels are shifted against each other by one"),
+        Pitfall("L2", "Prompt tokens leak into the sum over the response"),
+        Pitfall("L3", "Long sums are accumulated in bfloat16", "OpenRLHF#620"),
+        Pitfall("L4", "Where logits are cast up, and at what cost of memory", "trl#1980 trl#5926 LLaMA-Factory#10720"),
+        Pitfall("L5", "A fused head forgets soft-cap, logit scale, bias, tied weights or LoRA", "trl#7063 Liger#1082"),
+        Pitfall("L6", "A fused or cached path drops an option of the loss"),
+        Pitfall("L7", "Packed documents attend to one another, or their positions do not restart", "trl#4170"),
+        Pitfall("L8", "Results depend on the padding side", "trl#2778 transformers#35352"),
+        Pitfall("L9", "A row's score depends on the rows beside it", "reward-bench#137"),
+        Pitfall("L13", "Entropy is averaged over padding or prompt tokens", "trl#3833 trl#3964 trl#3715 trl#5620"),
+    ],
+    "Reference model": [
+        Pitfall("R1", "Policy and reference differ before the first step", "NeMo-Aligner#227"),
+        Pitfall("R2", "Dropout is on while the reference is computed", "trl#5542"),
+        Pitfall("R3", "Evaluation takes the trained policy for the reference", "trl#6443"),
+        Pitfall("R4", "Missing reference log-probs default to 0", "trl#5563"),
+        Pitfall("R5", "Cached reference log-probs of another model, template, dataset or precision are used"),
+        Pitfall(
+            "R6", "Switching the adapter off leaves a wrong adapter on, or trains the reference", "verl#4675 LLaMA-Factory#10514"
+        ),
+        Pitfall("R9", "The reference moves while its cached log-probs do not"),
+        Pitfall("R10", "A loss without a reference still pays for one"),
+    ],
+    "Formulas of losses": [
+        Pitfall("F1", "A formula is not that of its paper"),
+        Pitfall("F2", "Sum or mean over tokens, with the same name for both"),
+        Pitfall("F3", "log(1 + exp(x)) overflows at large margins"),
+        Pitfall("F4", "An option is accepted and changes nothing"),
+        Pitfall("F5", "A (B, 1) margin broadcasts a (B,) loss to B x B"),
+        Pitfall("F6", "log(1 - p) of the odds ratio is infinite as p goes to 1"),
+        Pitfall("F7", "The baseline of KTO: which pairs, detached, never below 0, equal on all ranks"),
+        Pitfall("F8", "Unlearning diverges instead of levelling off"),
+    ],
+    "Normalisation": [
+        Pitfall(
+            "N1",
+            "Accumulated micro-batches weigh short and long rows otherwise than one large batch",
+            "transformers#34191 transformers#35856 trl#2175 ms-swift#10117 unsloth#8261 Lightning#20350",
+        ),
+        Pitfall("N3", "The global token count is known only after the backward pass that needs it"),
+        Pitfall(
+            "N5",
+            "Metrics are means of means, local to a rank, or count padding rows twice",
+            "VeOmni#1130 trl#7010 Lightning#21838",
+        ),
+        Pitfall("N6", "Gradients are clipped per micro-batch, or before they are unscaled"),
+    ],
+}
+
+PREAMBLE = """# Pitfalls
+
+Ways in which preference training has gone silently wrong, and what guards against each here. The threads are where
+others met the problem or discussed it; whether it has been fixed there since was not checked. The last column names the tests of
+this repository that fail if the mistake is made.
+
+This page is written by `docs/make_pitfalls.py`; edit that file.
+"""
+
+TEST_NAME = re.compile(r"^def (test_([A-Z]\d+)_\w+)\(", re.MULTILINE)
+
+
+def find_tests(folder: Path) -> dict[str, list[str]]:
+    """Tests by pitfall id, each as `file::name`, in order of file and line."""
+    found = defaultdict(list)
+    for file in sorted(folder.rglob("test_*.py")):
+        for name, pitfall in TEST_NAME.findall(file.read_text(encoding="utf-8")):
+            found[pitfall].append(f"{file.relative_to(ROOT).as_posix()}::{name}")
+    return dict(found)
+
+
+def link(thread: str) -> str:
+    """A thread as a Markdown link.
+
+    >>> link("trl#6357")
+    '[trl#6357](https://github.com/huggingface/trl/issues/6357)'
+    """
+    project, number = thread.split("#")
+    return f"[{thread}](https://github.com/{REPOSITORIES[project]}/issues/{number})"
+
+
+def rows(pitfalls: Iterable[Pitfall], tests: dict[str, list[str]]) -> list[str]:
+    """The lines of one section's table."""
+    lines = ["| | pitfall | who was bitten | our test |", "|---|---|---|---|"]
+    for pitfall in pitfalls:
+        bitten = ", ".join(link(thread) for thread in pitfall.bitten.split())
+        named = "<br>".join(f"`{test}`" for test in tests.get(pitfall.id, [])) or "none yet"
+        lines.append(f"| {pitfall.id} | {pitfall.what} | {bitten} | {named} |")
+    return lines
+
+
+def page(tests: dict[str, list[str]]) -> str:
+    """The whole page."""
+    known = {pitfall.id for pitfalls in SECTIONS.values() for pitfall in pitfalls}
+    if unknown := sorted(set(tests) - known):
+        raise SystemExit(f"Tests are named after {unknown}, which docs/make_pitfalls.py does not list; add a row or rename them.")
+    parts = [PREAMBLE]
+    for title, pitfalls in SECTIONS.items():
+        parts.append("\n".join(["", f"## {title}", "", *rows(pitfalls, tests), ""]))
+    return "".join(parts)
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description="Write docs/pitfalls.md from the names of the tests.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    text = page(find_tests(ROOT / "tests"))
+    if not parser.parse_args().check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        raise SystemExit("docs/pitfalls.md is out of date; run `python docs/make_pitfalls.py` and commit the result.")
+
+
+if __name__ == "__main__":
+    main()

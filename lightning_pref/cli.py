@@ -1,0 +1,214 @@
+"""One command line for every recipe: Lightning's own, with a run folder, a summary and a plain export around it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from typing_extensions import override
+
+from lightning_pref.callbacks import Throughput
+from lightning_pref.data.datamodule import PreferenceData
+from lightning_pref.data.rows import RowError
+from lightning_pref.modules.policy import PolicyModule
+from lightning_pref.reports.summary import FirstLast, RunRecord, print_summary, write_summary
+
+CONFIGS = Path(__file__).parent / "recipes" / "configs"
+# Processes that Lightning starts for further devices inherit it, so that all ranks agree on the folder.
+RUN_NAME_VARIABLE = "LIGHTNING_PREF_RUN_NAME"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run lives.
+
+    Args:
+        root: Folder above all runs.
+        name: Folder of this run below `<root>/<recipe>`; date and time if not given.
+        resume: Checkpoint to go on from.
+        export: Whether to write the trained model as a plain transformers folder at the end.
+    """
+
+    root: str = "runs"
+    name: str | None = None
+    resume: str | None = None
+    export: bool = True
+
+
+class Recipe(NamedTuple):
+    """What one recipe file declares."""
+
+    name: str
+    module: type[PolicyModule]
+    defaults: dict[str, Any]  # Any: values of any flag, by its name
+    headline: Sequence[str]  # metrics of the closing table
+    # Run before anything is built; may change the configuration (a first stage that trains the model to start from).
+    before: Callable[[Namespace, Path], None] = lambda config, folder: None
+    # Further callbacks for this configuration.
+    callbacks: Callable[[Namespace, Path], list[Callback]] = lambda config, folder: []
+
+
+class RunResult(NamedTuple):
+    """What a finished run leaves."""
+
+    folder: Path
+    export: Path | None
+    metrics: dict[str, FirstLast]
+
+
+def on_playground(config: Namespace) -> bool:
+    """Whether both the model and the training data are the embedded ones, whose own defaults then apply."""
+    return str(config.model.model).startswith("playground") and str(config.data.train).startswith("playground")
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI without subcommands: flags and YAML of the constructors' own names.
+
+    On the playground, `configs/<recipe>_playground.yaml` holds the defaults; with a model or data of one's own the
+    constructors' defaults do, so that settings made for half a million parameters never leak into a real run.
+    """
+
+    def __init__(self, recipe: Recipe, args: Sequence[str]) -> None:
+        self.recipe = recipe
+        self.folder = Path()
+        self.record = RunRecord()
+        super().__init__(
+            recipe.module,
+            PreferenceData,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": f"python -m lightning_pref.recipes.{recipe.name}"},
+            run=False,
+            auto_configure_optimizers=False,
+            args=list(args),
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunSettings, "run")
+        parser.set_defaults(
+            {
+                "trainer.max_epochs": 1,
+                "trainer.log_every_n_steps": 10,
+                "trainer.gradient_clip_val": 1.0,
+                **self.recipe.defaults,
+            }
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        asked_only = [a for a in args if a not in ("-h", "--help") and not a.startswith("--print_config")]
+        super().parse_arguments(parser, asked_only)
+        if on_playground(self.config):
+            parser.default_config_files = [CONFIGS / f"{self.recipe.name}_playground.yaml"]
+        super().parse_arguments(parser, args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        self.folder = Path(self.config.run.root) / self.recipe.name / _run_name(self.config.run.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe.before(self.config, self.folder)
+        if self.config.data.tokenizer is None:
+            self.config.data.tokenizer = self.config.model.model
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        asked = self.config_init.trainer
+        if asked.logger is None:
+            # Both loggers write straight into the run folder: the version is the folder itself.
+            root, version = str(self.folder.parent), self.folder.name
+            kwargs["logger"] = [
+                TensorBoardLogger(root, name="", version=version),
+                CSVLogger(root, name="", version=version),
+            ]
+        callbacks: list[Callback] = [Throughput(), *self.recipe.callbacks(self.config, self.folder)]
+        given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
+        if asked.logger is not False:
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if asked.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+            callbacks.append(ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True))
+        if asked.enable_progress_bar is not False and sys.stdout.isatty():
+            callbacks.append(RichProgressBar())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        trainer.loggers.append(self.record)
+        return trainer
+
+
+def _run_name(asked: str | None) -> str:
+    if asked is not None:
+        return asked
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and RUN_NAME_VARIABLE not in os.environ:
+        raise ValueError(
+            "This run has several processes that were started from outside (torchrun, SLURM), and each would make up "
+            "a run name of its own. Name the run: `--run.name my-run`."
+        )
+    return os.environ.setdefault(RUN_NAME_VARIABLE, datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
+    """Parse, train, export, summarise.
+
+    Args:
+        recipe: What to run.
+        args: Command line; the process's own if not given.
+    """
+    started = time.monotonic()
+    names_the_run = RUN_NAME_VARIABLE not in os.environ  # not so for a first stage, nor in a process Lightning started
+    try:
+        cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.run.resume)
+        return _finish(cli, time.monotonic() - started)
+    except RowError as error:
+        # A bad row is the user's to mend: one paragraph, no traceback.
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        if names_the_run:
+            os.environ.pop(RUN_NAME_VARIABLE, None)
+
+
+def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
+    """Write the export and the summary, and say where everything lies."""
+    export = cli.folder / "export" if cli.config.run.export else None
+    result = RunResult(cli.folder, export, cli.record.metrics)
+    if not cli.trainer.is_global_zero:
+        return result
+    module, data = cli.model, cli.datamodule
+    if export is not None:
+        module.save_pretrained(export, data.loaded_tokenizer)
+    write_summary(
+        cli.folder / "summary.json",
+        recipe=cli.recipe.name,
+        steps=cli.trainer.global_step,
+        seconds=seconds,
+        metrics=cli.record.metrics,
+        alerts=0,
+        digests={"data": data.digest, **module.digests()},
+    )
+    places: dict[str, Path | str] = {
+        "run folder": cli.folder,
+        "config": cli.folder / "config.yaml",
+        "metrics": cli.folder / "metrics.csv",
+        "summary": cli.folder / "summary.json",
+        "checkpoints": cli.folder / "checkpoints",
+        **({"model": export} if export is not None else {}),
+        "TensorBoard": f"tensorboard --logdir {cli.folder}",
+    }
+    print_summary(
+        title=f"{cli.recipe.name}: {cli.trainer.global_step} updates in {seconds:.0f} s",
+        metrics=cli.record.metrics,
+        headline=cli.recipe.headline,
+        places={name: place for name, place in places.items() if not isinstance(place, Path) or place.exists()},
+    )
+    return result

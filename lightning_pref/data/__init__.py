@@ -1,0 +1,1 @@
+"""Rows become prompt groups, groups become batches."""

@@ -1,0 +1,100 @@
+"""Language models: loaded, adapted, scored, compared with a reference, exported.
+
+Names are loaded on first use, because transformers and peft take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_pref.models.adapters import LoraSettings, ParameterCount, add_lora, count_parameters
+    from lightning_pref.models.backbones import (
+        check_vocabulary,
+        disable_dropout,
+        enable_gradient_checkpointing,
+        load_model,
+        load_tokenizer,
+    )
+    from lightning_pref.models.digests import ReferenceDigest, reference_digest
+    from lightning_pref.models.exports import export
+    from lightning_pref.models.forward import Layout, ResponseLogps, response_logps
+    from lightning_pref.models.generation import sample_responses
+    from lightning_pref.models.presets import build_preset
+    from lightning_pref.models.reference import AdapterOff, EmaReference, EmaSettings, FrozenCopy, Reference
+    from lightning_pref.models.reference_cache import CachedReference, compute_reference_cache, read_reference_cache
+    from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
+
+# Public name -> the file it lives in.
+_HOMES = {
+    "AdapterOff": "reference",
+    "CachedReference": "reference_cache",
+    "EmaReference": "reference",
+    "EmaSettings": "reference",
+    "FrozenCopy": "reference",
+    "Layout": "forward",
+    "LoraSettings": "adapters",
+    "ParameterCount": "adapters",
+    "Reference": "reference",
+    "ReferenceDigest": "digests",
+    "ReferenceKind": "reference_choice",
+    "ResponseLogps": "forward",
+    "add_lora": "adapters",
+    "build_preset": "presets",
+    "check_vocabulary": "backbones",
+    "compute_reference_cache": "reference_cache",
+    "count_parameters": "adapters",
+    "disable_dropout": "backbones",
+    "enable_gradient_checkpointing": "backbones",
+    "export": "exports",
+    "load_model": "backbones",
+    "load_tokenizer": "backbones",
+    "read_reference_cache": "reference_cache",
+    "reference_digest": "digests",
+    "resolve_kind": "reference_choice",
+    "resolve_reference": "reference_choice",
+    "response_logps": "forward",
+    "sample_responses": "generation",
+}
+
+__all__ = [
+    "AdapterOff",
+    "CachedReference",
+    "EmaReference",
+    "EmaSettings",
+    "FrozenCopy",
+    "Layout",
+    "LoraSettings",
+    "ParameterCount",
+    "Reference",
+    "ReferenceDigest",
+    "ReferenceKind",
+    "ResponseLogps",
+    "add_lora",
+    "build_preset",
+    "check_vocabulary",
+    "compute_reference_cache",
+    "count_parameters",
+    "disable_dropout",
+    "enable_gradient_checkpointing",
+    "export",
+    "load_model",
+    "load_tokenizer",
+    "read_reference_cache",
+    "reference_digest",
+    "resolve_kind",
+    "resolve_reference",
+    "response_logps",
+    "sample_responses",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

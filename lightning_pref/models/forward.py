@@ -1,0 +1,108 @@
+"""The one way from a model and a batch to the log-probability of every response token."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_pref.data.groups import GroupBatch
+from lightning_pref.functional.linear_logps import linear_logps
+from lightning_pref.models.attention import predicting_hidden, token_costs
+from lightning_pref.models.heads import backbone_of, causal_lm_of, head_of
+from lightning_pref.models.layouts import PlacedLayout, choose_layout, plan_layout
+from lightning_pref.models.parity import layout_obstacle, verified_head
+
+Layout = Literal["auto", "padded", "packed", "shared"]
+Quantity = Literal["entropy", "collision", "hidden"]
+
+LAYOUTS: tuple[Layout, ...] = ("auto", "padded", "packed", "shared")
+QUANTITIES: tuple[Quantity, ...] = ("entropy", "collision", "hidden")
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities of the N response tokens of a batch, in its flat order, and of its R responses."""
+
+    token_logps: Tensor  # [N] float32, nats
+    response: Tensor  # [N] index of the response each token belongs to
+    logps: Tensor  # [R] float32, sums over response tokens
+    lengths: Tensor  # [R] response tokens
+    entropy: Tensor | None  # [N] float32, nats, of the distribution each token was drawn from
+    collision: Tensor | None  # [N] float32, log sum_v pi(v)^2 of that distribution
+    hidden: Tensor | None  # [N, D] hidden state, after the final norm, that predicts each token
+    layout: PlacedLayout  # the layout that was used
+
+
+def response_logps(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    *,
+    layout: Layout = "auto",
+    want: Collection[Quantity] = (),
+    chunk_elements: int = 2**24,
+) -> ResponseLogps:
+    """Log-probability of every response token given its prompt and what came before it.
+
+    The three layouts agree in values and gradients up to rounding; they differ in cost (docs/layouts.md). The first call
+    with a model object also checks, on a few tokens, that its head and its layouts give what the model itself gives.
+
+    Args:
+        model: A decoder-only causal language model, plain or with peft adapters. Adapters, dropout mode, autocast and
+            gradient checkpointing are as the caller has set them.
+        batch: Groups, on the model's device.
+        layout: How the batch goes through the backbone; `auto` takes the cheapest that the model can take.
+        want: Further quantities to return.
+        chunk_elements: Logits that may exist at once, see `linear_logps`.
+
+    Raises:
+        ValueError: If the model or the wish is not supported; the message says what is.
+    """
+    if unknown := sorted(set(want) - set(QUANTITIES)):
+        raise ValueError(f"Unknown quantity {unknown[0]!r} in `want`; known: {', '.join(QUANTITIES)}.")
+    backbone = backbone_of(model)
+    head = verified_head(model, head_of(model))
+    placed = _place(model, batch, layout)
+    plan = plan_layout(batch, placed).to(batch.input_ids.device)
+    hidden = predicting_hidden(backbone, batch, plan)
+    scored = linear_logps(
+        hidden,
+        head.weight,
+        batch.input_ids[plan.predicted],
+        bias=head.bias,
+        low_rank=head.low_rank,
+        scale=head.scale,
+        softcap=head.softcap,
+        want_entropy="entropy" in want,
+        want_collision="collision" in want,
+        chunk_elements=chunk_elements,
+    )
+    response = batch.response[plan.predicted]
+    sums = torch.zeros(batch.num_responses, device=hidden.device).index_add(0, response, scored.logps)
+    return ResponseLogps(
+        token_logps=scored.logps,
+        response=response,
+        logps=sums,
+        lengths=batch.response_lengths,
+        entropy=scored.entropy,
+        collision=scored.collision,
+        hidden=hidden if "hidden" in want else None,
+        layout=placed,
+    )
+
+
+def _place(model: PreTrainedModel | PeftModel, batch: GroupBatch, layout: Layout) -> PlacedLayout:
+    """Turn `auto` into a layout and refuse what the model cannot take."""
+    if layout == "padded":
+        return layout
+    if layout not in LAYOUTS:
+        raise ValueError(f"Unknown layout {layout!r}; known: {', '.join(LAYOUTS)}.")
+    obstacle = layout_obstacle(model)
+    if obstacle is None:
+        return choose_layout(batch, token_costs(backbone_of(model))) if layout == "auto" else layout
+    if layout != "auto":
+        raise ValueError(f"{type(causal_lm_of(model)).__name__} cannot take {layout} rows: {obstacle}.")
+    return "padded"

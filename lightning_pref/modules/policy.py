@@ -1,0 +1,206 @@
+"""What every module that trains a policy shares: loading, the optimiser, exact normalisation, metrics, export."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lightning_pref.data.groups import GroupBatch
+from lightning_pref.measures.means import WeightedMeans
+from lightning_pref.models.adapters import LoraSettings, add_lora
+from lightning_pref.models.backbones import disable_dropout, enable_gradient_checkpointing, export, load_model
+from lightning_pref.models.forward import Layout, ResponseLogps, Wanted, response_logps
+from lightning_pref.modules.optimisation import OptimizerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded when it is given by name.
+
+    Args:
+        dtype: Of the weights. Keep `float32` with mixed precision; `bfloat16` goes with `--trainer.precision bf16-true`.
+        attn_implementation: transformers' attention; `None` lets it choose.
+        revision: Commit or tag on the hub.
+        trust_remote_code: Run code that comes with the model. Off unless you have read it.
+        seed: Of the initialisation of a preset.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+class StepTerms(NamedTuple):
+    """What one micro-batch adds to the loss and to the metrics."""
+
+    losses: Tensor  # [M], one per pair, response or token, with gradient
+    weights: Tensor  # [M]
+    unit: Literal["groups", "responses", "response_tokens"]  # which count of the update divides the weighted sum
+    measured: Sequence[tuple[Mapping[str, Tensor], Tensor]]  # named values and their weights, all of one shape
+
+
+class PolicyModule(L.LightningModule):
+    """A causal language model trained on group batches. Automatic optimisation, any strategy and precision plugin.
+
+    The weighted sum of the losses is divided by the count of the whole update, over all ranks and accumulated
+    micro-batches, which every batch of `PreferenceData` carries. Batches from elsewhere carry none: their loss is the
+    exact mean of each micro-batch over the ranks.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        metric_names: Sequence[str],
+        layout: Layout,
+        lora: LoraSettings | None,
+        optimizer: OptimizerSettings,
+        loading: Loading,
+        gradient_checkpointing: bool,
+        log_entropy: bool,
+    ) -> None:
+        super().__init__()
+        self.model_name = model if isinstance(model, str) else None
+        self._given_model = None if isinstance(model, str) else model
+        self.layout = layout
+        self.lora = lora
+        self.optimizer_settings = optimizer
+        self.loading = loading
+        self.gradient_checkpointing = gradient_checkpointing
+        self.log_entropy = log_entropy
+        names = [*metric_names, "entropy"] if log_entropy else list(metric_names)
+        self.train_means = WeightedMeans(names)
+        self.val_means = WeightedMeans(names)
+        self._logged_at = 0
+
+    @override
+    def configure_model(self) -> None:
+        """Load and adapt the policy; Lightning calls it inside the strategy's and precision's context, once."""
+        if "policy" in self._modules:
+            return
+        policy = self._given_model if self._given_model is not None else self.load_initial()
+        disable_dropout(policy)
+        if self.lora is not None:
+            policy = add_lora(policy, self.lora)
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(policy)
+        self.policy = policy
+
+    def load_initial(self) -> PreTrainedModel:
+        """The model as the run starts from it."""
+        if self.model_name is None:
+            raise ValueError("The model was given as an object, so its initial weights cannot be loaded again.")
+        load = self.loading
+        return load_model(
+            self.model_name,
+            dtype=load.dtype,
+            attn_implementation=load.attn_implementation,
+            trust_remote_code=load.trust_remote_code,
+            revision=load.revision,
+            seed=load.seed,
+        )
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError(
+                "The run has no end, so the schedule has no length; set `trainer.max_epochs` or `trainer.max_steps`."
+            )
+        optimizer, schedule = self.optimizer_settings.build(self.policy.parameters(), int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> None:
+        """Write the policy as a plain transformers folder, LoRA merged unless `merge` is off."""
+        export(self.policy, tokenizer, Path(folder), merge_adapter=merge)
+
+    @abstractmethod
+    def terms(self, batch: GroupBatch) -> StepTerms:
+        """Losses and metrics of one micro-batch."""
+
+    def policy_logps(self, batch: GroupBatch, want: Sequence[Wanted] = ()) -> ResponseLogps:
+        """Log-probabilities of every response under the policy, in this module's layout."""
+        wanted = {*want, "entropy"} if self.log_entropy else set(want)
+        return response_logps(self.policy, batch, layout=self.layout, want=wanted)
+
+    def entropy_of(self, out: ResponseLogps, batch: GroupBatch) -> list[tuple[Mapping[str, Tensor], Tensor]]:
+        """The entropy as a token mean, where it is asked for."""
+        if out.entropy is None:
+            return []
+        return [({"entropy": out.entropy}, batch.weights[batch.group_of_response][out.response])]
+
+    @override
+    def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
+        terms = self._measured_terms(batch, self.train_means)
+        return self.exact_mean((terms.losses * terms.weights).sum(), terms, batch)
+
+    @override
+    def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
+        self._measured_terms(batch, self.val_means)
+
+    def _measured_terms(self, batch: GroupBatch, means: WeightedMeans) -> StepTerms:
+        terms = self.terms(batch)
+        means.update({"loss": terms.losses}, terms.weights)
+        for values, weights in terms.measured:
+            means.update(values, weights)
+        return terms
+
+    def exact_mean(self, total: Tensor, terms: StepTerms, batch: GroupBatch) -> Tensor:
+        """The share of this micro-batch in the mean over the whole update.
+
+        Lightning divides each micro-batch by the accumulation count and averages gradients over ranks, whatever they
+        hold; multiplying by both makes the sum over micro-batches and ranks an exact weighted mean.
+        """
+        world_size = self.trainer.world_size
+        if batch.window is not None:
+            factor = self.trainer.accumulate_grad_batches * world_size / getattr(batch.window, terms.unit)
+            return total * factor
+        count = terms.weights.sum()
+        if world_size > 1:
+            reduced = self.trainer.strategy.reduce(count, reduce_op="sum")
+            assert isinstance(reduced, Tensor)
+            count = reduced
+        return total * world_size / count
+
+    @override
+    def on_train_start(self) -> None:
+        self._logged_at = self.trainer.global_step
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: GroupBatch, batch_idx: int) -> None:
+        # Any: Lightning's own type for step outputs
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        if every and step != self._logged_at and step % every == 0:
+            self._logged_at = step
+            self.log_dict(self._flush(self.train_means))
+
+    @override
+    def on_train_end(self) -> None:
+        # `log` is not allowed here; without this the updates since the last logged one would go unseen.
+        if self.trainer.global_step != self._logged_at:
+            means = {name: value.item() for name, value in self._flush(self.train_means).items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(means, step=self.trainer.global_step)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        means = self._flush(self.val_means)
+        self.log_dict({f"val/{name}": value for name, value in means.items()})
+
+    @staticmethod
+    def _flush(means: WeightedMeans) -> dict[str, Tensor]:
+        values = {name: value.float() for name, value in means.compute().items()}
+        means.reset()
+        return values

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_pref.reports.summary import FirstLast, RunRecord, print_summary, write_summary
+
+
+def test_a_record_keeps_the_first_and_the_last_value_of_every_metric() -> None:
+    record = RunRecord()
+    record.log_metrics({"loss": 3.0, "epoch": 0}, step=1)
+    record.log_metrics({"loss": 2.0, "reward": 1.0}, step=2)
+    record.log_metrics({"loss": 1.0}, step=3)
+    assert record.metrics == {"loss": (3.0, 1.0), "reward": (1.0, 1.0)}
+
+
+def test_the_summary_is_json_with_null_where_a_metric_is_undefined(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(
+        path,
+        recipe="dpo",
+        steps=7,
+        seconds=1.23456,
+        metrics={"b": FirstLast(float("nan"), 1.0), "a": FirstLast(0.0, 2.0)},
+        alerts=0,
+        digests={"data": "abc"},
+    )
+    summary = json.loads(path.read_text())
+    assert {key: summary[key] for key in ("recipe", "steps", "seconds", "alerts", "digests")} == {
+        "recipe": "dpo",
+        "steps": 7,
+        "seconds": 1.235,
+        "alerts": 0,
+        "digests": {"data": "abc"},
+    }
+    assert list(summary["metrics"]) == ["a", "b"]
+    assert summary["metrics"]["b"] == {"first": None, "last": 1.0}
+    assert {"python", "torch", "lightning", "transformers"} <= set(summary["versions"])
+
+
+def test_the_closing_table_shows_first_last_and_change_of_the_headline_that_was_logged() -> None:
+    out = io.StringIO()
+    print_summary(
+        title="dpo: 7 updates",
+        metrics={"gold_reward": FirstLast(0.25, 0.75), "loss": FirstLast(1.0, 0.5)},
+        headline=["gold_reward", "never_logged"],
+        places={"model": Path("runs/dpo/x/export")},
+        console=Console(file=out, width=100),
+    )
+    text = out.getvalue()
+    assert "gold_reward" in text
+    assert "0.25" in text
+    assert "+0.5" in text
+    assert "runs/dpo/x/export" in text
+    assert "never_logged" not in text
+    assert "loss" not in text
