@@ -111,6 +111,9 @@ SECTIONS: dict[str, list[Pitfall]] = {
         ),
         Pitfall("N6", "Gradients are clipped per micro-batch, or before they are unscaled"),
     ],
+    "Optimisation": [
+        Pitfall("O5", "Checkpointed blocks see an input without gradient, and the adapters inside them never learn", "trl#2514"),
+    ],
 }
 
 PREAMBLE = """# Pitfalls

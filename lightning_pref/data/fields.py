@@ -20,6 +20,7 @@ def checked_list(value: object, field: str, place: Place, like: tuple[str, int] 
 
 
 def checked_number(value: object, field: str, place: Place) -> float:
+    """A finite number; a boolean is none."""
     expectation = "a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError("not_a_number", place, field, describe(value), expectation)
@@ -33,12 +34,14 @@ def checked_number(value: object, field: str, place: Place) -> float:
 
 
 def checked_rank(value: object, field: str, place: Place) -> int:
+    """A rank: a whole number, smaller is better."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise RowError("not_a_rank", place, field, describe(value), "a whole number, smaller for better responses")
     return value
 
 
 def checked_boolean(value: object, field: str, place: Place) -> bool:
+    """A boolean and nothing that stands for one, since 0 and 1 may as well be scores."""
     if not isinstance(value, bool):
         cure = f"Write true or false (1 and 0 are not read as such). {FIX_OR_SKIP}"
         raise RowError("not_a_boolean", place, field, describe(value), "true or false", cure)
@@ -46,6 +49,7 @@ def checked_boolean(value: object, field: str, place: Place) -> bool:
 
 
 def decoded_json(value: object, field: str, place: Place) -> object:
+    """The value, read as JSON where it is text."""
     if not isinstance(value, str):
         return value
     try:

@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 from lightning_pref.data.fields import checked_boolean, checked_list, checked_number, checked_rank, decoded_json
-from lightning_pref.data.implicit_prompt import split_messages, split_text
 from lightning_pref.data.messages import (
     check_answer,
     checked_messages,
@@ -17,6 +16,7 @@ from lightning_pref.data.messages import (
     checked_response,
     without_nulls,
 )
+from lightning_pref.data.prefixes import split_messages, split_text
 from lightning_pref.data.rows import FIX_OR_SKIP, Messages, Place, Row, RowError, Step, describe
 
 

@@ -213,19 +213,20 @@ class GroupBatch:
         """Ordered pairs of the batch, those of one group sharing the group's weight equally.
 
         Raises:
-            ValueError: If no group of the batch has an order.
+            ValueError: If a group has no ordered pair; leaving it out would quietly change the mean.
         """
         device = self.row_ids.device
         starts = [0, *accumulate(self.group_sizes)]
         found: list[tuple[int, int, int, float]] = []
         for g, ranks in enumerate(self.ranks):
             chosen = select_pairs(ranks, how) if ranks is not None else []
+            if not chosen:
+                raise ValueError(
+                    f"Row {int(self.row_ids[g])} has no ordered pair: its responses have no order, or are all tied. A pairwise "
+                    "loss needs `chosen` and `rejected`, or scored responses, in every row; for labelled single responses "
+                    "choose an unpaired loss such as 'kto'."
+                )
             found += [(starts[g] + a, starts[g] + b, g, 1.0 / len(chosen)) for a, b in chosen]
-        if not found:
-            raise ValueError(
-                "This batch holds no ordered pair: its groups have no ranks or only ties. A pairwise loss needs rows with "
-                "`chosen` and `rejected`, or scored responses; choose an unpaired loss such as 'kto' for labelled rows."
-            )
         chosen_index, rejected_index, group_index, shares = zip(*found, strict=True)
         group = torch.tensor(group_index, device=device)
         return Pairs(

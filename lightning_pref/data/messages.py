@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lightning_pref.data.rows import Message, Messages, Place, RowError, describe
 
@@ -69,8 +68,8 @@ def checked_messages(value: object, field: str, place: Place) -> Messages:
     return [_checked_message(message, f"{field}[{index}]", place) for index, message in enumerate(value)]
 
 
-def without_nulls(value: Any) -> Any:  # Any: JSON in, JSON out
-    """Leaves out the null keys that a columnar file adds where rows differ in their keys."""
+def without_nulls(value: object) -> object:
+    """The same JSON without the null keys that a columnar file adds where rows differ in their keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
@@ -86,7 +85,7 @@ def _checked_message(value: object, field: str, place: Place) -> Message:
         raise RowError("missing_key", place, field, describe(value), "a message with the keys `role` and `content`")
     if not isinstance(role, str) or role not in ROLES:
         raise RowError("unknown_role", place, f"{field}.role", describe(role), f"one of {', '.join(ROLES)}")
-    message: Message = without_nulls(value)
+    message: Message = {key: without_nulls(item) for key, item in value.items() if item is not None}
     content = message.get("content")
     if content is None:
         if not message.get("tool_calls"):

@@ -17,7 +17,10 @@ from lightning_pref.data.groups import WindowCounts
 
 # Batches' worth of shuffled rows that are sorted by length together. More makes batches of more even lengths,
 # fewer makes the rows that meet in a batch more random.
-LENGTH_WINDOW = 64
+LENGTH_WINDOW = 32
+
+# Short epochs have smaller windows, or the same rows would meet in every epoch.
+_MIN_WINDOWS = 4
 
 
 class PlannedBatch(NamedTuple):
@@ -75,6 +78,7 @@ class EpochPlanner:
         seed: Seed of the shuffling, at least 0.
         shuffle: Whether rows are shuffled, differently in every epoch.
         length_window: Batches' worth of rows that are sorted by cost together.
+        row_ids: What messages call the rows, [num_rows]; their index if not given.
     """
 
     def __init__(
@@ -87,8 +91,9 @@ class EpochPlanner:
         seed: int = 0,
         shuffle: bool = True,
         length_window: int = LENGTH_WINDOW,
+        row_ids: NDArray[np.int64] | None = None,
     ) -> None:
-        _check_budgets(costs, max_tokens_per_batch, batch_size)
+        _check_budgets(costs, max_tokens_per_batch, batch_size, row_ids)
         if seed < 0:
             raise ValueError(f"`seed` must be at least 0, got {seed!r}.")
         self.num_replicas = num_replicas
@@ -98,12 +103,12 @@ class EpochPlanner:
         self._budgets = (max_tokens_per_batch, batch_size)
         natural = self._cut(np.sort(costs, kind="stable") if shuffle else costs)
         rows_per_batch = -(-len(costs) // (len(natural) - 1))
-        self._window_rows = length_window * rows_per_batch
+        self._window_rows = min(length_window * rows_per_batch, -(-len(costs) // _MIN_WINDOWS))
         num_batches = len(natural) - 1
         if shuffle and self._window_rows < len(costs):
             first = len(self._cut(costs[self._sorted_in_windows(0, self._window_rows)])) - 1
             # The room left in each batch is random, so the number of batches strays like a sum of that many numbers.
-            slack = 0 if max_tokens_per_batch is None else -(-isqrt(first) // 8)
+            slack = 0 if max_tokens_per_batch is None else isqrt(first) // 8
             num_batches = max(num_batches, first + slack)
         self.num_steps = -(-num_batches // num_replicas)
 
@@ -198,7 +203,9 @@ def window_counts(
     return [WindowCounts(*counts) for counts, size in zip(sums, window_sizes, strict=True) for _ in range(size)]
 
 
-def _check_budgets(costs: NDArray[np.int64], max_tokens: int | None, batch_size: int | None) -> None:
+def _check_budgets(
+    costs: NDArray[np.int64], max_tokens: int | None, batch_size: int | None, row_ids: NDArray[np.int64] | None
+) -> None:
     if not len(costs):
         raise ValueError("There are no rows to make batches of.")
     if max_tokens is None and batch_size is None:
@@ -207,9 +214,10 @@ def _check_budgets(costs: NDArray[np.int64], max_tokens: int | None, batch_size:
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
     if max_tokens is not None and costs.max() > max_tokens:
+        longest = costs.argmax() if row_ids is None else row_ids[costs.argmax()]
         raise ValueError(
-            f"Row {costs.argmax()} (counted from 0) has {costs.max()} tokens with all its responses, more than a batch may "
-            f"hold: {(costs > max_tokens).sum()} rows are over `max_tokens_per_batch={max_tokens}`. Raise "
+            f"Row {longest} (counted from 0) has {costs.max()} tokens with all its responses, more than a batch may hold; "
+            f"{(costs > max_tokens).sum()} of {len(costs)} rows are over `max_tokens_per_batch={max_tokens}`. Raise "
             f"`max_tokens_per_batch` to at least {costs.max()}, or shorten the rows with `max_length`."
         )
 

@@ -9,8 +9,9 @@ from random import Random
 from typing import Any, Literal
 from zlib import crc32
 
-from lightning_pref.data.playground_reward import Flaw, proxy_reward
+from lightning_pref.data.playground_reward import Flaw, explain, gold_reward, proxy_reward
 from lightning_pref.data.playground_text import (
+    DOMAINS,
     DomainName,
     Mark,
     Request,
@@ -21,6 +22,8 @@ from lightning_pref.data.playground_text import (
     write_request,
 )
 
+__all__ = ["Flaw", "RowKind", "Split", "explain", "gold_reward", "playground_rows", "proxy_reward"]
+
 RowKind = Literal["sft", "preference", "unpaired", "ranked", "prompts"]
 Split = Literal["train", "val"]
 
@@ -29,7 +32,9 @@ CARE = (0.3, 0.95)
 # Two answers closer than this are a tie: no person would prefer one.
 MIN_GAP = 0.02
 # A demonstration is about as often above as below.
-DESIRABLE = 0.45
+DESIRABLE = 0.7
+# Responses of a "ranked" row where the caller does not say.
+NUM_RANKED = 4
 # One request in ten belongs to the validation split.
 VAL_SHARE = 10
 
@@ -42,8 +47,8 @@ def playground_rows(
     domain: DomainName | Literal["both"] = "both",
     split: Split = "train",
     noise: float = 0.0,
-    long_prompts: float = 0.5,
-    num_responses: int = 4,
+    long_prompts: float = 0.3,
+    num_responses: int | None = None,
     conversational: bool = True,
     flaw: Flaw | None = None,
 ) -> Iterator[dict[str, Any]]:  # Any: values are texts, lists of messages, labels or scores, by kind
@@ -57,33 +62,50 @@ def playground_rows(
         split: "train" or "val"; no request of one is ever in the other, whatever the seeds.
         noise: Probability, in [0, 1], that a pair is swapped, a label flipped, or a row's scores reversed.
         long_prompts: Share of prompts, in [0, 1], with a long context in front.
-        num_responses: Responses of a "ranked" row.
+        num_responses: Responses of a "ranked" row, 4 if not given.
         conversational: Chat messages; else plain strings.
-        flaw: Judge by the proxy reward with this flaw instead of by the gold reward.
+        flaw: Order and score "preference" and "ranked" rows by the proxy reward with this flaw, not by the gold reward.
     """
-    _check(kind, split, noise, long_prompts, num_responses)
-    for index in range(num_rows):
+    _check_names(kind, domain, split)
+    _check_settings(kind, noise, long_prompts, num_responses, flaw)
+
+    def row(index: int) -> dict[str, Any]:  # Any: as above
         name: DomainName = ("kitchen", "travel")[index % 2] if domain == "both" else domain
         rng = Random(f"{seed}/{split}/{name}/{index}")
         request = _draw(name, split, rng.random() < long_prompts, rng)
         prompt = (write_context(request, rng), write_request(request, rng))
-        answers = _answers(kind, request, " ".join(prompt), num_responses, flaw, rng)
+        answers = _answers(kind, request, " ".join(prompt), num_responses or NUM_RANKED, flaw, rng)
+        # A generator of its own, so that noise changes labels and no text.
         is_noisy = Random(f"noise/{seed}/{split}/{name}/{index}").random() < noise
-        yield {**_row(kind, prompt, answers, is_noisy, conversational), "source": name}
+        return {**_row(kind, prompt, answers, is_noisy, conversational), "source": name}
+
+    return map(row, range(num_rows))
 
 
-def _check(kind: RowKind, split: Split, noise: float, long_prompts: float, num_responses: int) -> None:
-    kinds = ("sft", "preference", "unpaired", "ranked", "prompts")
-    if kind not in kinds:
-        raise ValueError(f"Unknown kind of rows {kind!r}; known: {', '.join(kinds)}.")
-    if split not in ("train", "val"):
-        raise ValueError(f"`split` must be 'train' or 'val', got {split!r}.")
+def _check_names(kind: str, domain: str, split: str) -> None:
+    known = {
+        "kind": (kind, ("sft", "preference", "unpaired", "ranked", "prompts")),
+        "domain": (domain, (*DOMAINS, "both")),
+        "split": (split, ("train", "val")),
+    }
+    for name, (value, choices) in known.items():
+        if value not in choices:
+            raise ValueError(f"`{name}` of playground rows must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def _check_settings(kind: RowKind, noise: float, long_prompts: float, num_responses: int | None, flaw: Flaw | None) -> None:
     for name, share in (("noise", noise), ("long_prompts", long_prompts)):
         if not 0 <= share <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], got {share!r}.")
     if noise and kind in ("sft", "prompts"):
         raise ValueError(f"`noise` flips labels, and rows of kind {kind!r} have none; leave it at 0.")
-    if num_responses < 2:
+    if flaw not in (None, "length"):
+        raise ValueError(f"`flaw` must be None or 'length', got {flaw!r}.")
+    if flaw and kind not in ("preference", "ranked"):
+        raise ValueError(f"`flaw` changes how answers are compared, and rows of kind {kind!r} compare none; leave it at None.")
+    if num_responses is not None and kind != "ranked":
+        raise ValueError(f"`num_responses` is for rows of kind 'ranked'; {kind!r} has its own number, leave it out.")
+    if num_responses is not None and num_responses < 2:
         raise ValueError(f"`num_responses` must be at least 2, got {num_responses!r}.")
 
 

@@ -30,8 +30,12 @@ DISHES: Mapping[str, frozenset[str]] = {
     "macaroons": frozenset({"nuts", "eggs"}),
     "baklava": frozenset({"nuts", "wheat"}),
 }
+# The means of travel: what an answer calls it, and what somebody who dislikes them calls them.
+PLURALS: Mapping[str, str] = {"bus": "buses", "coach": "coaches", "ferry": "ferries", "plane": "planes", "train": "trains"}
 INGREDIENTS = ("eggs", "fish", "meat", "milk", "nuts", "wheat")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
+# Slots of an answer that no request states.
+WORKED_OUT = ("dish", "gate")
 MENU_SIZE = 8
 TIMETABLE_SIZE = 9
 
@@ -42,6 +46,7 @@ class Domain:
 
     Attributes:
         slots: The values each fact can take.
+        stated: The facts of a request that its answer has to repeat.
         request: Sentence groups of a request in order, each a choice of templates.
         styles: Templates of the sentence that asks for a style of answer.
         rules: Sentences that open a long prompt.
@@ -54,6 +59,7 @@ class Domain:
     """
 
     slots: Mapping[str, tuple[str, ...]]
+    stated: tuple[str, ...]
     request: tuple[tuple[str, ...], ...]
     styles: Mapping[Style, tuple[str, ...]]
     rules: tuple[str, ...]
@@ -80,6 +86,7 @@ KITCHEN = Domain(
         "avoid": INGREDIENTS,
         "dish": tuple(DISHES),
     },
+    stated=("name", "guests", "time"),
     request=(
         ("Hello, I am {name}.", "This is {name}.", "My name is {name}."),
         ("Please book a table for {guests} at {time} pm.", "We would like dinner for {guests} at {time} pm."),
@@ -105,7 +112,7 @@ KITCHEN = Domain(
         "A table[ for {guests}] is set[ at {time} pm].",
         "Your table[ for {guests}] will be ready[ at {time} pm].",
     ),
-    offers=("[Try the {dish}.]", "[The {dish} suits you.]", "[The chef suggests the {dish}.]"),
+    offers=("[Try the {dish}.]", "[The {dish} will suit you.]", "[The chef suggests the {dish}.]"),
     kind=("Enjoy your meal!", "We look forward to it."),
     rude=("Do not be late.", "Do not complain."),
     chatter=("Our cook sings at night.", "The garden smells of rain.", "The old oven came from a farm."),
@@ -118,14 +125,15 @@ TRAVEL = Domain(
         "tickets": NUMBERS,
         "city": ("Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Lisbon", "Madrid", "Oslo", "Prague", "Rome"),
         "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-        "means": ("bus", "coach", "ferry", "plane", "train"),
-        "unwanted": ("bus", "coach", "ferry", "plane", "train"),
+        "means": tuple(PLURALS),
+        "unwanted": tuple(PLURALS.values()),
         "gate": tuple("123456789"),
     },
+    stated=("name", "tickets", "city", "day", "means"),
     request=(
         ("Good morning, {name} here.", "You speak with {name}.", "It is {name}."),
         ("I need {tickets} seats to {city} on {day}.", "On {day} I go to {city} and need {tickets} tickets."),
-        ("I prefer the {means} to the {unwanted}.", "Not the {unwanted}, but the {means}."),
+        ("I go by {means} and dislike {unwanted}.", "No {unwanted}, only by {means}."),
     ),
     styles={
         "brief": ("I am in a hurry.", "Only the facts."),
@@ -175,8 +183,7 @@ class Request:
 
     def accepted(self) -> dict[str, tuple[str, frozenset[str]]]:
         """For each checkable part of an answer, the slot it is read from and the values that are right."""
-        told = {"kitchen": ("name", "guests", "time"), "travel": ("name", "tickets", "city", "day", "means")}[self.domain]
-        parts = {slot: (slot, frozenset({self.facts[slot]})) for slot in told}
+        parts = {slot: (slot, frozenset({self.facts[slot]})) for slot in DOMAINS[self.domain].stated}
         if self.domain == "kitchen":
             parts["safe"] = ("dish", frozenset(dish for dish, content in DISHES.items() if self.facts["avoid"] not in content))
             if self.offered:
@@ -202,26 +209,32 @@ def fill(template: str, values: Mapping[str, str | None]) -> str:
 def draw_request(domain: DomainName, long: bool, rng: Random) -> Request:
     """A random request; a long one comes with a menu or a timetable that can serve it."""
     world = DOMAINS[domain]
-    told = sorted({slot for group in world.request for slot in re.findall(r"{(\w+)}", group[0])})
-    facts = {slot: rng.choice(world.slots[slot]) for slot in told}
+    facts = {slot: rng.choice(world.slots[slot]) for slot in world.slots if slot not in WORKED_OUT}
     style: Style = rng.choice(("brief", "warm"))
     if domain == "travel":
-        facts["unwanted"] = rng.choice([means for means in world.slots["means"] if means != facts["means"]])
+        facts["unwanted"] = rng.choice([plural for means, plural in PLURALS.items() if means != facts["means"]])
     if not long:
         return Request(domain, facts, style)
-    if domain == "travel":
-        others = [city for city in world.slots["city"] if city != facts["city"]]
-        cities = [facts["city"], *rng.sample(others, TIMETABLE_SIZE - 1)]
-        rng.shuffle(cities)
-        gates = rng.sample(world.slots["gate"], TIMETABLE_SIZE)
-        return Request(domain, facts, style, dict(zip(cities, gates, strict=True)))
-    # Four or five of the eight dishes are safe: neither a guess nor "always the same dish" is a good answer.
-    safe = [dish for dish, content in DISHES.items() if facts["avoid"] not in content]
+    offered = _draw_menu(facts["avoid"], rng) if domain == "kitchen" else _draw_timetable(facts["city"], rng)
+    return Request(domain, facts, style, offered)
+
+
+def _draw_menu(avoid: str, rng: Random) -> dict[str, str]:
+    """Dishes and what is in them; about half are safe, so that neither a guess nor one dish for everybody will do."""
+    safe = [dish for dish, content in DISHES.items() if avoid not in content]
     unsafe = [dish for dish in DISHES if dish not in safe]
     num_safe = rng.randint(4, 5)
-    menu = rng.sample(safe, num_safe) + rng.sample(unsafe, MENU_SIZE - num_safe)
-    rng.shuffle(menu)
-    return Request(domain, facts, style, {dish: ", ".join(sorted(DISHES[dish])) for dish in menu})
+    dishes = rng.sample(safe, num_safe) + rng.sample(unsafe, MENU_SIZE - num_safe)
+    rng.shuffle(dishes)
+    return {dish: ", ".join(sorted(DISHES[dish])) for dish in dishes}
+
+
+def _draw_timetable(city: str, rng: Random) -> dict[str, str]:
+    """Cities and their gates, the given city among them."""
+    others = [other for other in TRAVEL.slots["city"] if other != city]
+    cities = [city, *rng.sample(others, TIMETABLE_SIZE - 1)]
+    rng.shuffle(cities)
+    return dict(zip(cities, rng.sample(TRAVEL.slots["gate"], TIMETABLE_SIZE), strict=True))
 
 
 def write_context(request: Request, rng: Random) -> str:
@@ -251,11 +264,16 @@ def draw_marks(request: Request, care: float, rng: Random) -> dict[str, Mark]:
         request: What is asked for.
         care: Probability, in [0, 1], that a part is done right.
         rng: Source of randomness.
+
+    Returns:
+        A mark for each slot of the answer and for "opening", "closing" and "length".
     """
-    world_slots = sorted({slot for slot, _ in request.accepted().values()})
+    slots = sorted({slot for slot, _ in request.accepted().values()})
     marks: dict[str, Mark] = {}
-    for part in [*world_slots, "opening", "closing", "length"]:
-        marks[part] = "right" if rng.random() < care else rng.choice(("wrong", "missing", "missing"))
+    for part in [*slots, "opening", "closing", "length"]:
+        # Repeating what was said is easier than choosing a dish or minding one's manners.
+        chance = care**0.5 if part in request.facts else care
+        marks[part] = "right" if rng.random() < chance else rng.choice(("wrong", "missing"))
     return marks
 
 
@@ -270,7 +288,7 @@ def write_answer(request: Request, marks: Mapping[str, Mark], rng: Random) -> st
         good = rng.choice(sorted(values))
         bad = rng.choice([value for value in world.slots[slot] if value not in values])
         if slot == "means" and rng.random() < 0.5:
-            bad = request.facts["unwanted"]
+            bad = next(means for means, plural in PLURALS.items() if plural == request.facts["unwanted"])
         facts[slot] = {"right": good, "wrong": bad, "missing": None}[marks[slot]]
     openings = {"right": world.polite, "wrong": world.curt, "missing": ("",)}
     closings = {"right": world.kind if request.style == "warm" else ("",), "wrong": world.rude, "missing": ("",)}
@@ -285,6 +303,7 @@ def write_answer(request: Request, marks: Mapping[str, Mark], rng: Random) -> st
 
 
 def _chatter(world: Domain, mark: Mark, rng: Random) -> list[str]:
+    """Needless sentences: none in a good answer, one or two else."""
     first, second = _pick(world.chatter, rng), _pick(world.chatter, rng)
     return {"right": [], "missing": [first], "wrong": [first, second]}[mark]
 
@@ -308,31 +327,23 @@ def request_patterns(domain: DomainName) -> tuple[tuple[re.Pattern[str], ...], .
 
 
 def read_request(prompt: str) -> Request:
-    """The request in a prompt's text, whatever chat markers stand around it.
+    """The request in a prompt's text, whatever chat markers stand around it; the last one if there are several.
 
     Raises:
         ValueError: If the text is not a prompt of the playground.
     """
     for domain, world in DOMAINS.items():
-        facts: dict[str, str] = {}
-        for group in request_patterns(domain):
-            found = [match for pattern in group for match in pattern.finditer(prompt)]
-            if not found:
-                break
-            facts |= max(found, key=lambda match: match.start()).groupdict()
-        else:
-            return Request(domain, facts, _read_style(prompt, world), _read_offered(prompt, domain))
+        style = max(world.styles, key=lambda style: max(prompt.rfind(sentence) for sentence in world.styles[style]))
+        found = [[match for pattern in group for match in pattern.finditer(prompt)] for group in request_patterns(domain)]
+        if all(found) and any(sentence in prompt for sentence in world.styles[style]):
+            facts: dict[str, str] = {}
+            for matches in found:
+                facts |= max(matches, key=lambda match: match.start()).groupdict()
+            return Request(domain, facts, style, _read_offered(prompt, domain))
     raise ValueError(
         f"This is no prompt of the playground: {prompt[:80]!r}. Its gold reward is only known for prompts that "
         "`playground_rows` wrote; score other prompts with a reward of your own."
     )
-
-
-def _read_style(prompt: str, world: Domain) -> Style:
-    places: Sequence[tuple[int, Style]] = [
-        (prompt.rfind(sentence), style) for style, sentences in world.styles.items() for sentence in sentences
-    ]
-    return max(places)[1]
 
 
 def _read_offered(prompt: str, domain: DomainName) -> dict[str, str]:

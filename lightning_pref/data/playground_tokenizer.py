@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 def playground_tokenizer() -> PreTrainedTokenizerFast:
     """A new tokenizer object for the playground's text; any other text round-trips too, byte by byte where need be."""
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=Tokenizer.from_str(_trained()),
         pad_token=PAD,
         bos_token=BOS,

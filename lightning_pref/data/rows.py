@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from typing_extensions import override
+
 # Any: a message is JSON; besides `role` and `content` the chat template decides which keys it reads.
 Message = dict[str, Any]
 Messages = list[Message]
@@ -21,6 +23,7 @@ class Place(NamedTuple):
     file: str
     row: int
 
+    @override
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}"
 
@@ -47,12 +50,13 @@ class RowError(ValueError):
         self.expectation = expectation
         self.cure = cure
 
+    @override
     def __str__(self) -> str:
         field = f", field `{self.field}`" if self.field else ""
         return f"{self.place}{field}: found {self.finding}; expected {self.expectation}. {self.cure}"
 
 
-class DroppedRow(RowError):
+class DroppedRowError(RowError):
     """A row that a setting of the user's leaves out (`truncation: drop`): always counted, never an error of the run."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch
@@ -50,7 +50,6 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
         limit_batches: Where the trainer ends an epoch: after that many batches, or after that share of them.
         seed: Seed of the shuffling.
         shuffle: Whether the rows are shuffled, differently in every epoch.
-        epoch: The epoch to begin with.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
         limit_batches: int | float = 1.0,
         seed: int = 0,
         shuffle: bool = True,
-        epoch: int = 0,
     ) -> None:
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.table = batches.table
@@ -77,11 +75,11 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
             batch_size=batch_size,
             seed=seed,
             shuffle=shuffle,
+            row_ids=self.table.row_ids,
         )
         # The same arithmetic as the trainer's: an int counts batches, a float is a share of them.
         share = isinstance(limit_batches, float)
         self.limit_batches = int(len(self) * limit_batches) if share else min(int(limit_batches), len(self))
-        self.epoch = epoch
         self._start = 0
 
     @override
@@ -120,3 +118,15 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
         if not 0 <= batch <= len(self):
             raise ValueError(f"`batch` must be in [0, {len(self)}], the batches of an epoch, got {batch!r}.")
         self.epoch, self._start = epoch, batch
+
+
+class GroupLoader(DataLoader[GroupBatch]):
+    """Loads planned batches, beginning only when the first one is asked for.
+
+    A plain `DataLoader` with workers asks its sampler for rows as soon as an iterator exists. Lightning makes the iterator
+    before it sets the epoch, so a resumed run would begin with batches of another epoch.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[GroupBatch]:  # type: ignore[override]  # torch promises its own iterator class
+        yield from super().__iter__()

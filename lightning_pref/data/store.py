@@ -1,4 +1,4 @@
-"""Tokenised prompt groups on disk: written as a stream, read through memory maps, the same group back to the last bit."""
+"""Tokenised prompt groups on disk: written as a stream, read by number, the same group back to the last bit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Protocol, Self
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lightning_pref.data.groups import PromptGroup
 
@@ -50,9 +52,6 @@ _RANKS, _SCORES, _LABELS, _MARGIN, _STEP_ENDS, _STEP_LABELS = (1 << bit for bit 
 
 # Tokens the writer holds before it writes them out: 4 MiB of uint32.
 _TOKENS_PER_FLUSH: Final = 1 << 20
-
-# Bytes of token pages a process maps before it lets go of them; the system's page cache keeps them warm all the same.
-_MAPPED_BYTES: Final = 256 << 20
 
 
 class GroupTable(Protocol):
@@ -231,7 +230,10 @@ class _ColumnFile:
 
 
 class GroupStore:
-    """A folder of tokenised groups, memory-mapped: `store[i]` is the group that was appended as number i.
+    """A folder of tokenised groups: `store[i]` is the group that was appended as number i.
+
+    What there is of each row and response besides tokens is memory-mapped. Tokens are read by position instead, because an
+    epoch touches all of them, and a kernel that maps two megabytes at each touch would soon have the whole file resident.
 
     Opening checks the manifest and the size of every file. A file that was touched since it was written (another time stamp)
     is read through once and compared with its digest.
@@ -248,12 +250,11 @@ class GroupStore:
         self._sources: list[str] = self.manifest["sources"]
         for name, facts in self.manifest["files"].items():
             _check_file(self.folder, name, facts)
-        self._maps: dict[str, mmap.mmap] = {}
-        self._mapped_bytes = 0
-        self._columns = {
-            name.removesuffix(".bin"): self._map(name, facts["dtype"]) for name, facts in self.manifest["files"].items()
-        }
-        self._tokens = self._columns["tokens"]
+        dtypes = {name.removesuffix(".bin"): np.dtype(facts["dtype"]) for name, facts in self.manifest["files"].items()}
+        self._token_type = dtypes.pop("tokens")
+        self._tokens = os.open(self.folder / "tokens.bin", os.O_RDONLY)
+        finalize(self, os.close, self._tokens)
+        self._columns = {name: _mapped(self.folder / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
         self.row_ids: NDArray[np.int64] = self._columns["row_ids"]
         self.prompt_keys: NDArray[np.uint64] = self._columns["prompt_keys"]
         self.weights: NDArray[np.float64] = self._columns["weights"]
@@ -271,21 +272,19 @@ class GroupStore:
         return self._num_groups
 
     def __getitem__(self, index: int, /) -> PromptGroup:
-        """The group of this number; its token ids are read-only views of the map."""
+        """The group of this number; its token ids are read-only."""
         i = operator.index(index)
         if not -self._num_groups <= i < self._num_groups:
             raise IndexError(f"Group {i} was asked of a store of {self._num_groups}.")
         i %= self._num_groups
         columns, present = self._columns, int(self._columns["present"][i])
         span = slice(int(self.response_offsets[i]), int(self.response_offsets[i + 1]))
-        start, end = int(self._token_offsets[i]), int(self._token_offsets[i + 1])
-        prompt_end = start + int(self.prompt_lengths[i])
-        stops = prompt_end + np.cumsum(columns["response_lengths"][span], dtype=np.int64)
-        self._bound_mapped(self._tokens.itemsize * (end - start))
+        stops = list(accumulate(columns["response_lengths"][span].tolist(), initial=int(self.prompt_lengths[i])))
+        tokens = self._read_tokens(int(self._token_offsets[i]), stops[-1])
         return PromptGroup(
             row_id=int(self.row_ids[i]),
-            prompt=self._tokens[start:prompt_end],
-            responses=tuple(self._tokens[a:b] for a, b in zip([prompt_end, *stops[:-1]], stops, strict=True)),
+            prompt=tokens[: stops[0]],
+            responses=tuple(tokens[a:b] for a, b in pairwise(stops)),
             source=self._sources[columns["source_ids"][i]],
             ranks=tuple(columns["ranks"][span].tolist()) if present & _RANKS else None,
             scores=tuple(columns["scores"][span].tolist()) if present & _SCORES else None,
@@ -296,6 +295,7 @@ class GroupStore:
             step_labels=self._marks("step_labels", span) if present & _STEP_LABELS else None,
         )
 
+    @override
     def __reduce__(self) -> tuple[type[GroupStore], tuple[Path]]:
         """Travel to a loader's worker as a path: the worker maps the same files itself."""
         return GroupStore, (self.folder,)
@@ -306,25 +306,14 @@ class GroupStore:
         report: Mapping[str, Any] = self.manifest["report"]
         return report
 
-    def _map(self, name: str, dtype: str) -> NDArray[Any]:
-        path = self.folder / name
-        if not path.stat().st_size:  # an empty file cannot be mapped
-            return np.empty(0, dtype=dtype)
-        with path.open("rb") as file:
-            self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(self._maps[name], dtype=dtype)
-
-    def _bound_mapped(self, num_bytes: int) -> None:
-        """Let go of the token pages now and then, so that an epoch over a large store does not count as resident memory."""
-        self._mapped_bytes += num_bytes
-        if self._mapped_bytes > _MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self._maps["tokens.bin"].madvise(mmap.MADV_DONTNEED)
-            self._mapped_bytes = 0
+    def _read_tokens(self, start: int, count: int) -> NDArray[Any]:
+        size = self._token_type.itemsize
+        return np.frombuffer(os.pread(self._tokens, count * size, start * size), dtype=self._token_type, count=count)
 
     def _marks(self, name: str, span: slice) -> tuple[tuple[Any, ...], ...]:  # Any: int or bool by column
         if name not in self._step_offsets:
-            return ((),) * (span.stop - span.start)
-        offsets = self._step_offsets[name][span.start : span.stop + 1].tolist()
+            return ((),) * int(span.stop - span.start)
+        offsets: list[int] = self._step_offsets[name][span.start : span.stop + 1].tolist()
         marks = self._columns[name]
         return tuple(tuple(marks[a:b].tolist()) for a, b in pairwise(offsets))
 
@@ -349,6 +338,14 @@ class GroupSubset:
 
     def __getitem__(self, index: int, /) -> PromptGroup:
         return self.table[int(self.indices[index])]
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A file of numbers as an array that is read when it is looked at."""
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
 
 
 def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:

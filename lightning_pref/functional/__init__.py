@@ -2,7 +2,7 @@
 
 from lightning_pref.functional.logprobs import (
     KLEstimator,
-    capped_exp,
+    capped_expm1,
     entropy,
     kl_estimate,
     log1mexp,
@@ -24,7 +24,7 @@ __all__ = [
     "Aggregation",
     "KLEstimator",
     "aggregate",
-    "capped_exp",
+    "capped_expm1",
     "entropy",
     "kl_estimate",
     "log1mexp",

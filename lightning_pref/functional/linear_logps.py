@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_pref.functional.logprobs import entropy, log_collision, token_logps
+from lightning_pref.functional.masked import wide
+
 
 class LowRank(NamedTuple):
     """A low-rank addition to a linear map: `down` [r, D] then `up` [V, r]."""
@@ -32,7 +35,7 @@ def linear_logits(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Logits in float32: `softcap * tanh(scale * (hidden @ weight.T + ...) / softcap)`.
+    """Logits in float32 (float64 for float64 weights): `softcap * tanh(scale * (hidden @ weight.T + ...) / softcap)`.
 
     Args:
         hidden: Hidden states after the final norm, [N, D].
@@ -48,9 +51,9 @@ def linear_logits(
     >>> linear_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), scale=0.5)
     tensor([[0.5000, 1.0000]])
     """
-    logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
+    logits = wide(F.linear(hidden.to(weight.dtype), weight, bias))
     if low_rank is not None:
-        logits = logits + F.linear(F.linear(hidden.to(low_rank.down.dtype), low_rank.down), low_rank.up).float()
+        logits = logits + wide(F.linear(F.linear(hidden.to(low_rank.down.dtype), low_rank.down), low_rank.up))
     if scale != 1.0:
         logits = logits * scale
     if softcap is not None:
@@ -97,7 +100,12 @@ def linear_logps(
 
     def of_rows(hidden: Tensor, targets: Tensor) -> list[Tensor]:
         logits = linear_logits(hidden, weight, bias=bias, low_rank=low_rank, scale=scale, softcap=softcap)
-        return _reduce(logits, targets, want_entropy=want_entropy, want_collision=want_collision)
+        columns = [token_logps(logits, targets)]
+        if want_entropy:
+            columns.append(entropy(logits))
+        if want_collision:
+            columns.append(log_collision(logits))
+        return columns
 
     num_rows = max(1, chunk_elements // weight.shape[0])
     if len(hidden) <= num_rows:
@@ -111,15 +119,3 @@ def linear_logps(
         columns = [torch.cat(column) for column in zip(*chunks, strict=True)]
     rest = iter(columns[1:])
     return LinearLogps(columns[0], next(rest) if want_entropy else None, next(rest) if want_collision else None)
-
-
-def _reduce(logits: Tensor, targets: Tensor, *, want_entropy: bool, want_collision: bool) -> list[Tensor]:
-    """[N, V] float32 logits to one [N] column per wanted quantity."""
-    normaliser = logits.logsumexp(-1)
-    columns = [logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser]
-    if want_entropy:
-        probs = (logits - normaliser[:, None]).exp()
-        columns.append(normaliser - (probs * logits).sum(-1))
-    if want_collision:
-        columns.append((2 * logits).logsumexp(-1) - 2 * normaliser)
-    return columns

@@ -13,6 +13,8 @@ KLEstimator = Literal["k1", "k2", "k3"]
 # exp(20) ~ 5e8: a probability ratio beyond it is a sign of trouble, not a number to be exact about, and float32 still
 # has room to square it.
 MAX_LOG_RATIO = 20.0
+# exp(30) ~ 1e13, carried on by a slope of the same size over 1e4 nats, can still be squared in float32.
+MAX_EXPONENT = 30.0
 
 
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -106,19 +108,17 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: KLEstimator) -> Tensor:
     if kind == "k2":
         return log_ratio.square() / 2
     if kind == "k3":
-        # expm1 keeps the digits where the two policies nearly agree.
-        small = torch.expm1(log_ratio.clamp(max=MAX_LOG_RATIO))
-        return torch.where(log_ratio > MAX_LOG_RATIO, capped_exp(log_ratio, MAX_LOG_RATIO) - 1, small) - log_ratio
+        return capped_expm1(log_ratio, MAX_LOG_RATIO) - log_ratio
     raise ValueError(f"`kind` must be 'k1', 'k2' or 'k3', got {kind!r}.")
 
 
-def capped_exp(x: Tensor, cap: float) -> Tensor:
-    """exp(x) up to `cap`, and its tangent from there on: never overflows, and never loses its gradient as a clamp does.
+def capped_expm1(x: Tensor, cap: float = MAX_EXPONENT) -> Tensor:
+    """exp(x) - 1 up to `cap`, and its tangent from there on: never overflows, nor loses its gradient as a clamp does.
 
-    >>> capped_exp(torch.tensor([0.0, 3.0]), cap=0.0)
-    tensor([1., 4.])
+    >>> capped_expm1(torch.tensor([0.0, 3.0]), cap=0.0)
+    tensor([0., 3.])
     """
-    return x.clamp(max=cap).exp() + math.exp(cap) * (x - cap).clamp(min=0.0)
+    return x.clamp(max=cap).expm1() + math.exp(cap) * (x - cap).clamp(min=0.0)
 
 
 def log1mexp(x: Tensor) -> Tensor:

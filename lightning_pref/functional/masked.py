@@ -62,9 +62,10 @@ def masked_var(values: Tensor, mask: Tensor, dim: int | None = None, *, correcti
     tensor(2.)
     """
     mean = masked_mean(values, mask, dim)
-    deviations = wide(values) - (mean if dim is None else mean.unsqueeze(dim))
+    # Masked before they are squared: the derivative of an infinite square is nan even where the square is not used.
+    deviations = torch.where(mask, wide(values) - (mean if dim is None else mean.unsqueeze(dim)), 0.0)
     freedom = mask.sum(dim) - correction
-    return torch.where(freedom > 0, masked_sum(deviations.square(), mask, dim) / freedom, torch.nan)
+    return torch.where(freedom > 0, deviations.square().sum(dim) / freedom, torch.nan)
 
 
 def aggregate(values: Tensor, mask: Tensor, how: Aggregation) -> Tensor:

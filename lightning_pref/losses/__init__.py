@@ -1,1 +1,60 @@
+"""Preference losses: tensors in, one loss per example out. Torch only.
 
+A pairwise loss is made in three stages, one file each, and named in one place:
+
+    aggregate.py   tokens -> one number per response
+    rewards.py     that number, the reference and the length -> the reward the loss compares
+    links.py       rewards -> loss
+    margins.py, absolute.py, reference_free.py    the losses, each a line or two of the above
+    registry.py    names, formulas, sources
+    preference.py  the door: `preference_loss(name, pair, **options)`
+"""
+
+from lightning_pref.losses.aggregate import ScoredTokens, length_decoupled_sums, wpo_weights
+from lightning_pref.losses.finetuning import align, align_boundary, align_detached
+from lightning_pref.losses.logic import PreferenceStructure, compile_structure
+from lightning_pref.losses.pair import PairLogps
+from lightning_pref.losses.preference import (
+    LossMix,
+    PreferenceLoss,
+    implicit_rewards,
+    loss_options,
+    preference_loss,
+    sensitivities,
+)
+from lightning_pref.losses.registry import FORGET_LOSSES, GROUP_LOSSES, PREFERENCE_LOSSES, UNPAIRED_LOSSES
+from lightning_pref.losses.rewards import FDivergence
+from lightning_pref.losses.spec import LossSpec
+from lightning_pref.losses.unlearning import npo, simnpo
+from lightning_pref.losses.unpaired import RunningMean, apo_zero_unpaired, bco, kto, kto_baseline
+
+__all__ = [
+    "FORGET_LOSSES",
+    "GROUP_LOSSES",
+    "PREFERENCE_LOSSES",
+    "UNPAIRED_LOSSES",
+    "FDivergence",
+    "LossMix",
+    "LossSpec",
+    "PairLogps",
+    "PreferenceLoss",
+    "PreferenceStructure",
+    "RunningMean",
+    "ScoredTokens",
+    "align",
+    "align_boundary",
+    "align_detached",
+    "apo_zero_unpaired",
+    "bco",
+    "compile_structure",
+    "implicit_rewards",
+    "kto",
+    "kto_baseline",
+    "length_decoupled_sums",
+    "loss_options",
+    "npo",
+    "preference_loss",
+    "sensitivities",
+    "simnpo",
+    "wpo_weights",
+]

@@ -1,5 +1,7 @@
 """Losses that measure each response of a pair by itself: its log-ratio has a target, not only its margin."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -47,17 +49,16 @@ def kto(
     undesirable_weight: float = 1.0,
 ) -> Tensor:
     """KTO of both responses added, chosen as desirable and rejected as undesirable; `baseline` as in `unpaired.kto`."""
-    logps, ref_logps, desirable = unpaired.both_sides(pair)
-    losses = unpaired.kto(
-        logps,
-        ref_logps,
-        desirable,
+    assert pair.ref_chosen is not None and pair.ref_rejected is not None, "the loss's LossSpec says `needs_reference`"
+    is_chosen = torch.ones_like(pair.chosen, dtype=torch.bool)
+    one_side = partial(
+        unpaired.kto,
         baseline=baseline,
         beta=beta,
         desirable_weight=desirable_weight,
         undesirable_weight=undesirable_weight,
     )
-    return losses.view(2, -1).sum(0)
+    return one_side(pair.chosen, pair.ref_chosen, is_chosen) + one_side(pair.rejected, pair.ref_rejected, ~is_chosen)
 
 
 def npo(pair: PairLogps, *, beta: float = 0.1) -> Tensor:

@@ -1,17 +1,15 @@
 """Stage 3, the links: from a reward or a difference of rewards to a loss. Element by element, any shape."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_pref.functional import capped_exp
+from lightning_pref.functional import capped_expm1
 
 Link = Literal["logistic", "hinge", "square"]
-
-# exp(30) ~ 1e13, beyond any loss worth telling apart, with room in float32 for the factors around it.
-MAX_EXPONENT = 30.0
 
 
 def logistic(reward: Tensor) -> Tensor:
@@ -72,8 +70,8 @@ def reverse_kl(reward: Tensor, label_smoothing: float) -> Tensor:
     if label_smoothing == 0.0:
         raise ValueError("`label_smoothing` must be above 0 here: the KL to a hard label is infinite. EXO uses 1e-3.")
     right, wrong = torch.sigmoid(reward), torch.sigmoid(-reward)
-    target = torch.tensor(label_smoothing, dtype=reward.dtype, device=reward.device)
-    return right * (F.logsigmoid(reward) - torch.log1p(-target)) + wrong * (F.logsigmoid(-reward) - torch.log(target))
+    log_target, log_rest = math.log1p(-label_smoothing), math.log(label_smoothing)
+    return right * (F.logsigmoid(reward) - log_target) + wrong * (F.logsigmoid(-reward) - log_rest)
 
 
 def log_ratio_modulated(reward: Tensor, tau: float) -> Tensor:
@@ -83,7 +81,7 @@ def log_ratio_modulated(reward: Tensor, tau: float) -> Tensor:
     tensor([0.8466])
     """
     blend = torch.sigmoid(reward / tau)
-    return (1.0 - blend) * logistic(reward) + blend * capped_exp(-reward, MAX_EXPONENT)
+    return (1.0 - blend) * logistic(reward) + blend * (1.0 + capped_expm1(-reward))
 
 
 def _check_smoothing(label_smoothing: float) -> None:

@@ -15,9 +15,7 @@ def sigmoid(pair: PairLogps, *, beta: float = 0.1, f_divergence: FDivergence = "
     return links.logistic(chosen - rejected)
 
 
-def cdpo(
-    pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1, f_divergence: FDivergence = "reverse_kl"
-) -> Tensor:
+def cdpo(pair: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1, f_divergence: FDivergence = "reverse_kl") -> Tensor:
     """Conservative DPO: smoothed labels."""
     chosen, rejected = rewards.log_ratio(pair, beta=beta, f_divergence=f_divergence)
     return links.smoothed(chosen - rejected, label_smoothing)
@@ -37,13 +35,9 @@ def hinge(pair: PairLogps, *, beta: float = 0.1, f_divergence: FDivergence = "re
     return links.hinge(chosen - rejected)
 
 
-def ipo(
-    pair: PairLogps, *, beta: float = 0.1, length_normalize: bool = True, f_divergence: FDivergence = "reverse_kl"
-) -> Tensor:
+def ipo(pair: PairLogps, *, beta: float = 0.1, length_normalize: bool = True, f_divergence: FDivergence = "reverse_kl") -> Tensor:
     """IPO: the margin is drawn to 1 / (2 beta) from both sides, per token unless told otherwise."""
-    chosen, rejected = rewards.ipo_log_ratio(
-        pair, beta=beta, length_normalize=length_normalize, f_divergence=f_divergence
-    )
+    chosen, rejected = rewards.ipo_log_ratio(pair, beta=beta, length_normalize=length_normalize, f_divergence=f_divergence)
     return links.square(chosen - rejected) / beta**2
 
 
@@ -55,9 +49,7 @@ def exo_pair(
     return links.reverse_kl(chosen - rejected, label_smoothing)
 
 
-def discopop(
-    pair: PairLogps, *, beta: float = 0.05, tau: float = 0.05, f_divergence: FDivergence = "reverse_kl"
-) -> Tensor:
+def discopop(pair: PairLogps, *, beta: float = 0.05, tau: float = 0.05, f_divergence: FDivergence = "reverse_kl") -> Tensor:
     """DiscoPOP, the discovered blend. Not convex: at z = 0 its gradient makes the margin smaller."""
     chosen, rejected = rewards.log_ratio(pair, beta=beta, f_divergence=f_divergence)
     return links.log_ratio_modulated(chosen - rejected, tau)

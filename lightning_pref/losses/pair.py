@@ -2,7 +2,6 @@
 
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from lightning_pref.functional import wide
@@ -11,6 +10,7 @@ from lightning_pref.functional import wide
 class PairLogps(NamedTuple):
     """Log-probabilities of B pairs, in nats, summed over the response tokens of each response.
 
+    >>> import torch
     >>> pair = PairLogps(torch.tensor([-4.0]), torch.tensor([-9.0]), torch.tensor([-5.0]), torch.tensor([-6.0]))
     >>> pair.log_ratios()
     (tensor([1.]), tensor([-3.]))

@@ -4,27 +4,25 @@ A reward function takes the pair and some of the options of its loss, and return
 each. What a run logs as `rewards/*` is this number, so that `rewards/accuracies` judges what the loss really compares.
 """
 
+import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_pref.functional import capped_exp, log1mexp
+from lightning_pref.functional import capped_expm1, log1mexp
 from lightning_pref.losses.pair import PairLogps
 
 # A number is the order of the alpha-divergence: 1 is the reverse KL, 0 the forward KL.
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence"] | float
 Rewards = tuple[Tensor, Tensor]
 
-# exp(40) squared is still finite in float32, so that even a squared loss of exponential rewards is.
-MAX_EXPONENT = 40.0
-# A response the model is certain of has infinite odds; this is as certain as float32 can tell from 1.
+# A response the model is certain of has infinite odds; a mean token this likely, 1 - 1e-6, still has finite ones in float32.
 MAX_MEAN_LOGP = -1e-6
 
 
 def log_ratio(pair: PairLogps, *, beta: float, f_divergence: FDivergence = "reverse_kl") -> Rewards:
-    """beta * phi(h): DPO's implicit reward (arXiv:2305.18290, eq. 5), or that of another divergence (arXiv:2309.16240)."""
+    """beta * phi(h): DPO's implicit reward (arXiv:2305.18290), or that of another divergence (arXiv:2309.16240)."""
     chosen, rejected = pair.log_ratios()
     return beta * f_shape(chosen, f_divergence), beta * f_shape(rejected, f_divergence)
 
@@ -56,15 +54,15 @@ def inverse_power(pair: PairLogps, *, beta: float, alpha: float) -> Rewards:
     if alpha == 0.0:
         return beta * chosen, beta * rejected
     return (
-        beta * (1.0 - capped_exp(-alpha * chosen, MAX_EXPONENT)) / alpha,
-        beta * (1.0 - capped_exp(-alpha * rejected, MAX_EXPONENT)) / alpha,
+        -beta * capped_expm1(-alpha * chosen) / alpha,
+        -beta * capped_expm1(-alpha * rejected) / alpha,
     )
 
 
-def log_odds(pair: PairLogps, *, beta: float = 1.0) -> Rewards:
-    """beta * (s - log(1 - exp(s))), the log-odds of the mean token (ORPO, arXiv:2403.07691, eq. 4)."""
+def log_odds(pair: PairLogps) -> Rewards:
+    """s - log(1 - exp(s)), the log-odds of the mean token (ORPO, arXiv:2403.07691)."""
     chosen, rejected = (score.clamp(max=MAX_MEAN_LOGP) for score in pair.mean_logps())
-    return beta * (chosen - log1mexp(chosen)), beta * (rejected - log1mexp(rejected))
+    return chosen - log1mexp(chosen), rejected - log1mexp(rejected)
 
 
 def length_penalized(pair: PairLogps, *, beta: float, alpha: float) -> Rewards:
@@ -97,28 +95,30 @@ def against_two(pair: PairLogps, *, previous_chosen: Tensor, previous_rejected: 
 
 
 def f_shape(log_ratio: Tensor, f_divergence: FDivergence) -> Tensor:
-    """phi(h) = f'(exp(h)) up to a constant, the reward a divergence f gives a log-ratio (f-DPO, arXiv:2309.16240, eq. 7).
+    """phi(h) = f'(exp(h)) up to a constant, the reward a divergence f gives a log-ratio (f-DPO, arXiv:2309.16240).
 
     Args:
         log_ratio: h, any shape.
         f_divergence: `reverse_kl` h, `forward_kl` 1 - exp(-h), `js_divergence` log 2 + log sigmoid(h), or the order `a` of
-            the alpha-divergence, (exp((a - 1) h) - 1) / (a - 1). The exponential goes on as its tangent beyond exp(40).
+            the alpha-divergence, (exp((a - 1) h) - 1) / (a - 1). The exponential goes on as its tangent beyond exp(30).
 
+    >>> import torch
     >>> f_shape(torch.tensor([0.0, 2.0]), "reverse_kl")
     tensor([0., 2.])
-    >>> f_shape(torch.tensor([0.0]), 0.5)
-    tensor([-0.])
+    >>> f_shape(torch.tensor([0.0]), 2.0)
+    tensor([0.])
     """
-    if f_divergence == "reverse_kl" or f_divergence == 1.0:
+    if isinstance(f_divergence, float | int):
+        power = f_divergence - 1.0
+        # Below this the quotient is all rounding error, and its limit is the reverse KL.
+        return log_ratio if abs(power) < 1e-6 else capped_expm1(power * log_ratio) / power
+    if f_divergence == "reverse_kl":
         return log_ratio
     if f_divergence == "js_divergence":
-        return torch.log(torch.tensor(2.0)) + F.logsigmoid(log_ratio)
+        return math.log(2.0) + F.logsigmoid(log_ratio)
     if f_divergence == "forward_kl":
-        return 1.0 - capped_exp(-log_ratio, MAX_EXPONENT)
-    if isinstance(f_divergence, str):
-        raise ValueError(
-            f"`f_divergence` must be 'reverse_kl', 'forward_kl', 'js_divergence' or a number (the order of the "
-            f"alpha-divergence), got {f_divergence!r}."
-        )
-    order = f_divergence - 1.0
-    return (capped_exp(order * log_ratio, MAX_EXPONENT) - 1.0) / order
+        return -capped_expm1(-log_ratio)
+    raise ValueError(
+        "`f_divergence` must be 'reverse_kl', 'forward_kl', 'js_divergence' or a number (the order of the alpha-divergence), "
+        f"got {f_divergence!r}."
+    )

@@ -5,9 +5,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lightning_pref.losses import links
-from lightning_pref.losses.pair import PairLogps
 from lightning_pref.functional import wide
+from lightning_pref.losses import links
 
 
 def kto(
@@ -55,9 +54,7 @@ def kto_baseline(log_ratio_sum: Tensor, count: Tensor | int) -> Tensor:
     return (log_ratio_sum.detach() / count).clamp(min=0.0)
 
 
-def bco(
-    logps: Tensor, ref_logps: Tensor, desirable: Tensor, *, beta: float = 0.01, delta: float | Tensor = 0.0
-) -> Tensor:
+def bco(logps: Tensor, ref_logps: Tensor, desirable: Tensor, *, beta: float = 0.01, delta: float | Tensor = 0.0) -> Tensor:
     """BCO (arXiv:2404.04656): a binary classifier whose logit is the reward less `delta`.
 
     Args:
@@ -83,21 +80,6 @@ def apo_zero_unpaired(logps: Tensor, ref_logps: Tensor, desirable: Tensor, *, be
     return kto(logps, ref_logps, desirable, baseline=0.0, beta=beta)
 
 
-def both_sides(pair: PairLogps) -> tuple[Tensor, Tensor, Tensor]:
-    """The 2 B responses of B pairs, chosen ones first: log-probs, reference log-probs, and whether desirable.
-
-    >>> both_sides(PairLogps(*torch.tensor([[-1.0], [-2.0], [-3.0], [-4.0]])))
-    (tensor([-1., -2.]), tensor([-3., -4.]), tensor([ True, False]))
-    """
-    assert pair.ref_chosen is not None and pair.ref_rejected is not None, "the loss's LossSpec says `needs_reference`"
-    is_chosen = torch.ones_like(pair.chosen, dtype=torch.bool)
-    return (
-        torch.cat([pair.chosen, pair.rejected]),
-        torch.cat([pair.ref_chosen, pair.ref_rejected]),
-        torch.cat([is_chosen, ~is_chosen]),
-    )
-
-
 class RunningMean(NamedTuple):
     """Mean of everything seen so far. Two tensors, made to be kept as buffers and to travel in a checkpoint.
 
@@ -106,7 +88,7 @@ class RunningMean(NamedTuple):
     """
 
     mean: Tensor  # []
-    count: Tensor  # []
+    num_seen: Tensor  # []
 
     @classmethod
     def empty(cls) -> Self:
@@ -114,7 +96,7 @@ class RunningMean(NamedTuple):
 
     def updated(self, total: Tensor, count: Tensor) -> Self:
         """The mean with `count` more values that add up to `total`; all-reduce both first. Nothing seen leaves it as is."""
-        seen = self.count + count
+        seen = self.num_seen + count
         return type(self)(self.mean + (total.detach() - count * self.mean) / seen.clamp(min=1.0), seen)
 
 

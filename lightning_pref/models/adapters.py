@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class LoraSettings:
             raise ValueError(f"`dropout` of LoRA must be in [0, 1), got {self.dropout!r}.")
 
 
-def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+def add_lora(model: PreTrainedModel | PeftModel, settings: LoraSettings) -> PeftModel:
     """Wrap the model so that only a fresh adapter is trained; its own weights stay as they are, frozen."""
     if isinstance(model, PeftModel):
         raise ValueError("The model has an adapter already; add LoRA to the plain model.")
@@ -60,6 +61,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     with warnings.catch_warnings():
         # peft finds the orientation of GPT-2's Conv1D weights by itself, and says so.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+        # Asked by peft 0.21 of transformers 5.23; nothing a user could change.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         # Our export unties a head that was adapted apart from its embedding.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         adapted = get_peft_model(model, config)
@@ -74,6 +77,7 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
+    @override
     def __str__(self) -> str:
         return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / max(self.total, 1):.2%})"
 
@@ -131,7 +135,7 @@ def plain_state(model: PeftModel, *, merged: bool) -> dict[str, Tensor]:
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             # One layer at a time: a copy of the whole model may not fit beside the training state.
-            layer = copy.deepcopy(module)
+            layer: Any = copy.deepcopy(module)  # Any: `merge` is on each of its concrete classes
             layer.merge(safe_merge=True, adapter_names=[adapter])
             state[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu()
     return state

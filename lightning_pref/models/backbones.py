@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -60,13 +60,15 @@ def load_model(
     """
     if is_preset(name_or_path):
         model = _build_preset(name_or_path, dtype, attn_implementation, seed)
-        return model.train()
+        model.train()
+        return model
     place = _resolved(name_or_path, wanted=("config.json",))
     with _explaining(place, trust_remote_code):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision)
     _check_causal(config, name_or_path)
     with _explaining(place, trust_remote_code):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        # Any: with `output_loading_info` the untyped auto class returns a pair.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
             dtype=dtype,
@@ -75,6 +77,8 @@ def load_model(
             revision=revision,
             output_loading_info=True,
         )
+    model, report = loaded
+    assert isinstance(model, PreTrainedModel)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -82,7 +86,8 @@ def load_model(
             f"{missing[0]!r}; they would start random. It was probably saved from another kind of model (a classifier, a "
             "reward model, a bare backbone). Give a checkpoint of a causal language model."
         )
-    return model.train()  # type: ignore[no-any-return]  # the auto class is untyped
+    model.train()
+    return model
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -96,7 +101,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, revisi
     place = _resolved(name_or_path, wanted=TOKENIZER_FILES)
     with _explaining(place, trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision)
-    return tokenizer  # type: ignore[no-any-return]  # the auto class is untyped
+    return tokenizer
 
 
 def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,7 +109,9 @@ def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTo
 
     More rows than tokens are normal (tables are padded to a multiple of 64) and count in every log-softmax.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings.weight, Tensor)
+    rows = embeddings.weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise ValueError(

@@ -66,7 +66,7 @@ def reference_digest(model: PreTrainedModel | PeftModel, *, tokenizer: str, data
         tokenizer=tokenizer,
         data=data,
         precision=precision,
-        attention=str(model.config._attn_implementation),
+        attention=str(model.config._attn_implementation),  # noqa: SLF001  # it has no public name
     )
 
 
@@ -75,8 +75,7 @@ def weights_digest(model: PreTrainedModel | PeftModel) -> str:
 
     A fresh LoRA adapter changes no output, so it is left out: a cache made without one stays good.
     """
-    fresh = isinstance(model, PeftModel) and adapter_is_fresh(model)
-    state = plain_state(model, merged=False) if fresh else model.state_dict()
+    state = plain_state(model, merged=False) if isinstance(model, PeftModel) and adapter_is_fresh(model) else model.state_dict()
     names = sorted(state)
     # hashlib lets go of the interpreter lock; four threads outrun the memory of most machines.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
@@ -85,16 +84,16 @@ def weights_digest(model: PreTrainedModel | PeftModel) -> str:
 
 
 def config_digest(model: PreTrainedModel | PeftModel) -> str:
-    """Digest of what the config says about the computation (rotary base, soft-caps, windows, ...)."""
+    """Digest of what the config says about the computation (rotary base, soft-caps, windows, ...), dropout aside."""
     entries = model.config.to_diff_dict()
-    return _text_digest({name: value for name, value in entries.items() if name not in SILENT_CONFIG})
+    return _text_digest({name: value for name, value in entries.items() if name not in SILENT_CONFIG and "drop" not in name})
 
 
 def _tensor_digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     header = f"{tuple(tensor.shape)} {tensor.dtype} ".encode()
     content = hashlib.sha256(header)
-    content.update(memoryview(flat.view(torch.uint8).numpy()))
+    content.update(flat.view(torch.uint8).numpy().data)
     return content.hexdigest()
 
 

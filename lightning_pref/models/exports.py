@@ -39,7 +39,7 @@ def export(
     with replaced_folder(Path(folder), replaces=replaces) as partial:
         if isinstance(model, PeftModel) and not merge_adapter:
             # Embeddings are never resized here, so they are saved only where `modules_to_save` names them.
-            model.save_pretrained(partial, save_embedding_layers=False)
+            model.save_pretrained(str(partial), save_embedding_layers=False)
         else:
             _plain_model(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -61,6 +61,7 @@ def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         # The adapter changed the head and not the embedding, or the other way round: they are two weights now.
         plain = _empty_like(base, tied=False)
     plain.load_state_dict(state, assign=True)
+    # On its way from a GPU a tied weight became two tensors.
     plain.tie_weights()
     plain.generation_config = _valid_generation(base.generation_config)
     return plain
@@ -82,7 +83,7 @@ def _ties_hold(plain: PreTrainedModel, state: dict[str, Tensor]) -> bool:
 
 def _valid_generation(config: GenerationConfig | None) -> GenerationConfig:
     """A copy that transformers agrees to save: sampling numbers without `do_sample` get it."""
-    valid = copy.deepcopy(config) if config is not None else GenerationConfig()
+    valid = copy.deepcopy(config) if config is not None else GenerationConfig()  # type: ignore[no-untyped-call]
     try:
         valid.validate(strict=True)
     except ValueError:

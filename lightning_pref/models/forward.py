@@ -4,13 +4,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.functional.linear_logps import linear_logps
+from lightning_pref.functional.masked import segment_sum
 from lightning_pref.models.attention import predicting_hidden, token_costs
 from lightning_pref.models.heads import backbone_of, causal_lm_of, head_of
 from lightning_pref.models.layouts import PlacedLayout, choose_layout, plan_layout
@@ -81,11 +81,10 @@ def response_logps(
         chunk_elements=chunk_elements,
     )
     response = batch.response[plan.predicted]
-    sums = torch.zeros(batch.num_responses, device=hidden.device).index_add(0, response, scored.logps)
     return ResponseLogps(
         token_logps=scored.logps,
         response=response,
-        logps=sums,
+        logps=segment_sum(scored.logps, response, batch.num_responses),
         lengths=batch.response_lengths,
         entropy=scored.entropy,
         collision=scored.collision,

@@ -30,7 +30,7 @@ class LMHead:
 
     def first_rows(self, num_rows: int) -> "LMHead":
         """The head over the first tokens of the vocabulary only, for models that cut off padded rows."""
-        low_rank = self.low_rank and LowRank(self.low_rank.down, self.low_rank.up[:num_rows])
+        low_rank = None if self.low_rank is None else LowRank(self.low_rank.down, self.low_rank.up[:num_rows])
         bias = None if self.bias is None else self.bias[:num_rows]
         return LMHead(self.weight[:num_rows], bias, low_rank, self.scale, self.softcap)
 
@@ -73,7 +73,10 @@ def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def backbone_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The module whose first output is the hidden state that the head reads, after the final norm."""
     causal_lm = causal_lm_of(model)
-    backbone = causal_lm.base_model
+    backbone: nn.Module = causal_lm.get_decoder()  # type: ignore[no-untyped-call]
+    if backbone is causal_lm:
+        # Some classes name their backbone otherwise than their base_model_prefix says; `model` is the usual name.
+        backbone = getattr(causal_lm, "model", causal_lm)
     if not isinstance(backbone, PreTrainedModel) or backbone is causal_lm or _output_layer(causal_lm) is None:
         raise ValueError(
             f"{type(causal_lm).__name__} has no language-model head. Load it with AutoModelForCausalLM, not AutoModel."
@@ -140,11 +143,11 @@ def _lora_linear(head: LoraLinear, model_name: str) -> tuple[Tensor, Tensor | No
             )
         if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
             _refuse(model_name, "carries LoRA with dropout", "set `lora_dropout=0` or leave the head out of `target_modules`")
-        ups.append(head.lora_B[name].weight * head.scaling[name])
+        ups.append(head.lora_B[name].get_parameter("weight") * head.scaling[name])
         if head.lora_B[name].bias is not None:
             shift = head.lora_B[name].bias * head.scaling[name]
             bias = shift if bias is None else bias + shift
-    downs = [head.lora_A[name].weight for name in names]
+    downs: list[Tensor] = [head.lora_A[name].get_parameter("weight") for name in names]
     return weight, bias, LowRank(torch.cat(downs), torch.cat(ups, dim=1))
 
 

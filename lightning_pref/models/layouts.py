@@ -38,7 +38,6 @@ class Rows(NamedTuple):
 
     num_rows: int
     length: int
-    has_padding: bool
 
 
 class TokenCosts(NamedTuple):
@@ -46,11 +45,6 @@ class TokenCosts(NamedTuple):
 
     slot: float  # for a slot, wherever it stands
     score: float  # for one attention score, over all layers and heads
-
-
-# SDPA leaves out the upper half of the scores where it is told "causal" instead of being given a mask; transformers does
-# so for padded rows without padding, and for no other layout.
-CAUSAL_SHARE = 0.5
 
 
 def plan_layout(batch: GroupBatch, layout: PlacedLayout) -> LayoutPlan:
@@ -106,20 +100,18 @@ def layout_rows(batch: GroupBatch, layout: PlacedLayout) -> Rows:
     units = _groups(batch) if layout == "shared" else _sequences(batch)
     sizes = [sum(len(span) for span in spans) for spans in units]
     num_rows = len(sizes) if layout == "padded" else len(fold(sizes, max(sizes)))
-    return Rows(num_rows, max(sizes), has_padding=num_rows * max(sizes) > sum(sizes))
+    return Rows(num_rows, max(sizes))
 
 
-def layout_cost(rows: Rows, layout: PlacedLayout, costs: TokenCosts) -> float:
-    """`slots * costs.slot + scores * costs.score`, with half the scores where rows are plainly causal."""
-    slots = rows.num_rows * rows.length
-    share = CAUSAL_SHARE if layout == "padded" and not rows.has_padding else 1.0
-    return slots * (costs.slot + share * rows.length * costs.score)
+def layout_cost(rows: Rows, costs: TokenCosts) -> float:
+    """`slots * costs.slot + scores * costs.score`: every slot pays, padding too, and every pair of slots in a row."""
+    return rows.num_rows * rows.length * (costs.slot + rows.length * costs.score)
 
 
 def choose_layout(batch: GroupBatch, costs: TokenCosts) -> PlacedLayout:
     """The cheapest layout; the plainer one where two cost the same."""
     layouts: tuple[PlacedLayout, ...] = ("padded", "packed", "shared")
-    return min(layouts, key=lambda layout: layout_cost(layout_rows(batch, layout), layout, costs))
+    return min(layouts, key=lambda layout: layout_cost(layout_rows(batch, layout), costs))
 
 
 def fold(sizes: Sequence[int], capacity: int) -> list[list[int]]:

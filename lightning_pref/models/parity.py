@@ -12,12 +12,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.functional.linear_logps import linear_logits
 from lightning_pref.models.attention import attention_backend, mask_obstacle, predicting_hidden
+from lightning_pref.models.backbones import evaluating
 from lightning_pref.models.heads import LMHead, backbone_of, causal_lm_of
 from lightning_pref.models.layouts import plan_layout
 
@@ -28,7 +29,8 @@ LAYOUT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-
 # Where float32 products may run in TensorFloat-32 they are no more exact than this.
 TF32_TOLERANCE = 3e-3
 
-_num_logits: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+# Rows of the head -> logits of the model; a resized vocabulary is a new head. Then attention backend -> obstacle.
+_num_logits: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 _obstacles: WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = WeakKeyDictionary()
 
 
@@ -38,11 +40,11 @@ def verified_head(model: PreTrainedModel | PeftModel, head: LMHead) -> LMHead:
     Raises:
         ValueError: If the model's own logits differ from the head's by more than rounding explains.
     """
-    causal_lm = causal_lm_of(model)
-    if causal_lm not in _num_logits:
-        _num_logits[causal_lm] = _compare_logits(model, head)
-    num_logits = _num_logits[causal_lm]
-    return head if num_logits == head.weight.shape[0] else head.first_rows(num_logits)
+    known = _num_logits.setdefault(causal_lm_of(model), {})
+    num_rows = head.weight.shape[0]
+    if num_rows not in known:
+        known[num_rows] = _compare_logits(model, head)
+    return head if known[num_rows] == num_rows else head.first_rows(known[num_rows])
 
 
 def layout_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
@@ -68,6 +70,8 @@ def _compare_logits(model: PreTrainedModel | PeftModel, head: LMHead) -> int:
         with _undisturbed(model):
             ids = torch.arange(4, device=backbone.device)[None] % head.weight.shape[0]
             own = model(input_ids=ids, use_cache=False).logits.float()
+            if not seen:
+                raise ValueError(f"{name} makes its logits without calling its {type(backbone).__name__}. {_UNSUPPORTED}")
             hidden = seen[0]
             rows = head.first_rows(own.shape[-1])
             ours = linear_logits(
@@ -75,12 +79,8 @@ def _compare_logits(model: PreTrainedModel | PeftModel, head: LMHead) -> int:
             )
     finally:
         handle.remove()
-    if ours.shape != own.shape:
-        raise ValueError(
-            f"{name} answers {ids.shape[-1]} tokens with logits of shape {tuple(own.shape)}, its head on the hidden states "
-            f"gives {tuple(ours.shape)}. {_UNSUPPORTED}"
-        )
-    deviation = ((ours - own).abs().max() / own.abs().max().clamp_min(torch.finfo(own.dtype).tiny)).item()
+    largest = own.abs().max().clamp_min(torch.finfo(own.dtype).tiny)
+    deviation = ((ours - own).abs().max() / largest).item() if ours.shape == own.shape else float("inf")
     allowed = _tolerance(HEAD_TOLERANCE, hidden.dtype, head.weight.dtype)
     if not deviation <= allowed:
         raise ValueError(
@@ -133,14 +133,7 @@ def _tolerance(table: dict[torch.dtype, float], *dtypes: torch.dtype) -> float:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast; the training flag of every module as it was, afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    device_type = next(model.parameters()).device.type
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+def _undisturbed(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Evaluation mode without gradients and without autocast."""
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
+        yield

@@ -23,7 +23,7 @@ class Preset:
 
 
 PRESETS: Mapping[PresetName, Preset] = {
-    "tiny": Preset(hidden_size=128, intermediate_size=320, num_layers=2, num_heads=4, num_key_value_heads=2),
+    "tiny": Preset(hidden_size=128, intermediate_size=448, num_layers=2, num_heads=4, num_key_value_heads=2),
     "small": Preset(hidden_size=320, intermediate_size=896, num_layers=9, num_heads=8, num_key_value_heads=4),
 }
 

@@ -19,7 +19,8 @@ from lightning_pref.models.backbones import evaluating
 from lightning_pref.models.digests import weights_digest
 from lightning_pref.models.forward import Layout, response_logps
 
-# Log-probs of the responses of a batch under a model, [R]. Bind options of the forward with `functools.partial`.
+# Log-probs of a batch under a model: [R] sums, or [N] by token for a loss that cuts responses. Bind options of the
+# forward with `functools.partial`. A cache holds sums only.
 Score = Callable[[PreTrainedModel | PeftModel, GroupBatch], Tensor]
 
 
@@ -32,7 +33,7 @@ class Reference(Protocol):
     """What a loss asks of a reference policy."""
 
     def logps(self, batch: GroupBatch) -> Tensor:
-        """Summed log-prob of each response in nats, [R] float32, without gradient and without dropout."""
+        """Log-probs in nats, float32, [R] or what the score returns, without gradient and without dropout."""
         ...
 
 
@@ -53,8 +54,8 @@ class FrozenCopy(nn.Module):
         self.model = _frozen(model if take_over else copy.deepcopy(model))
         self.score = score
         self.digest = weights_digest(self.model)
-        self.register_state_dict_post_hook(_drop_weights)
-        self.register_load_state_dict_pre_hook(_keep_weights)
+        self.register_state_dict_post_hook(_drop_weights)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_weights)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def logps(self, batch: GroupBatch) -> Tensor:
@@ -175,7 +176,7 @@ def _frozen(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     return model
 
 
-def _drop_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+def _drop_weights(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
     """Hook of `state_dict`; the state holds tensors and extra states."""
     for name in [name for name in state if name.startswith(f"{prefix}model.")]:
         del state[name]
@@ -183,6 +184,4 @@ def _drop_weights(module: nn.Module, state: dict[str, Any], prefix: str, metadat
 
 def _keep_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Hook of `load_state_dict`: what the checkpoint leaves out is as the module has it."""
-    own = {name: tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
-    own.update(module.named_buffers(remove_duplicate=False))
-    state.update({f"{prefix}{name}": tensor for name, tensor in own.items()})
+    state.update(module.get_submodule("model").state_dict(prefix=f"{prefix}model."))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -229,6 +228,6 @@ def _read_column(path: Path, expected: str) -> NDArray[Any]:  # Any: float32 or 
 
 def _damaged(path: Path) -> str:
     return (
-        f"The reference cache is damaged: {path} is missing, cut short or altered ({os.path.getsize(path) if path.exists() else 0}"
-        " bytes). Delete the folder to have it computed again."
+        f"The reference cache is damaged: {path} is missing, cut short or altered. Delete the folder {path.parent} to have it "
+        "computed again."
     )

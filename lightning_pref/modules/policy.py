@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,8 +19,17 @@ from typing_extensions import override
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.measures.means import WeightedMeans
 from lightning_pref.models.adapters import LoraSettings, add_lora
-from lightning_pref.models.backbones import disable_dropout, enable_gradient_checkpointing, export, load_model
-from lightning_pref.models.forward import Layout, ResponseLogps, Wanted, response_logps
+from lightning_pref.models.backbones import (
+    AttentionImplementation,
+    Dtype,
+    disable_dropout,
+    enable_gradient_checkpointing,
+    load_model,
+)
+from lightning_pref.models.digests import weights_digest
+from lightning_pref.models.exports import export
+from lightning_pref.models.forward import Layout, Quantity, ResponseLogps, response_logps
+from lightning_pref.modules.objectives import Measured, StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
 
 
@@ -35,20 +45,11 @@ class Loading:
         seed: Of the initialisation of a preset.
     """
 
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    attn_implementation: Literal["sdpa", "eager"] | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: AttentionImplementation | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
-
-
-class StepTerms(NamedTuple):
-    """What one micro-batch adds to the loss and to the metrics."""
-
-    losses: Tensor  # [M], one per pair, response or token, with gradient
-    weights: Tensor  # [M]
-    unit: Literal["groups", "responses", "response_tokens"]  # which count of the update divides the weighted sum
-    measured: Sequence[tuple[Mapping[str, Tensor], Tensor]]  # named values and their weights, all of one shape
 
 
 class PolicyModule(L.LightningModule):
@@ -83,28 +84,28 @@ class PolicyModule(L.LightningModule):
         names = [*metric_names, "entropy"] if log_entropy else list(metric_names)
         self.train_means = WeightedMeans(names)
         self.val_means = WeightedMeans(names)
-        self._logged_at = 0
+        self._updates = self._logged_at = 0
 
     @override
     def configure_model(self) -> None:
         """Load and adapt the policy; Lightning calls it inside the strategy's and precision's context, once."""
         if "policy" in self._modules:
             return
-        policy = self._given_model if self._given_model is not None else self.load_initial()
+        if self._given_model is not None:
+            policy = self._given_model
+        else:
+            assert self.model_name is not None
+            policy = self.load(self.model_name)
         disable_dropout(policy)
-        if self.lora is not None:
-            policy = add_lora(policy, self.lora)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
-        self.policy = policy
+        self.policy = policy if self.lora is None else add_lora(policy, self.lora)
 
-    def load_initial(self) -> PreTrainedModel:
-        """The model as the run starts from it."""
-        if self.model_name is None:
-            raise ValueError("The model was given as an object, so its initial weights cannot be loaded again.")
+    def load(self, name: str) -> PreTrainedModel:
+        """A model by name, loaded as the policy is."""
         load = self.loading
         return load_model(
-            self.model_name,
+            name,
             dtype=load.dtype,
             attn_implementation=load.attn_implementation,
             trust_remote_code=load.trust_remote_code,
@@ -122,6 +123,10 @@ class PolicyModule(L.LightningModule):
         optimizer, schedule = self.optimizer_settings.build(self.policy.parameters(), int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def digests(self) -> dict[str, str]:
+        """Digests of what this run ended with, for its summary."""
+        return {"weights": weights_digest(self.policy)}
+
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> None:
         """Write the policy as a plain transformers folder, LoRA merged unless `merge` is off."""
         export(self.policy, tokenizer, Path(folder), merge_adapter=merge)
@@ -130,16 +135,16 @@ class PolicyModule(L.LightningModule):
     def terms(self, batch: GroupBatch) -> StepTerms:
         """Losses and metrics of one micro-batch."""
 
-    def policy_logps(self, batch: GroupBatch, want: Sequence[Wanted] = ()) -> ResponseLogps:
+    def policy_logps(self, batch: GroupBatch, want: Collection[Quantity] = ()) -> ResponseLogps:
         """Log-probabilities of every response under the policy, in this module's layout."""
         wanted = {*want, "entropy"} if self.log_entropy else set(want)
         return response_logps(self.policy, batch, layout=self.layout, want=wanted)
 
-    def entropy_of(self, out: ResponseLogps, batch: GroupBatch) -> list[tuple[Mapping[str, Tensor], Tensor]]:
+    def entropy_of(self, out: ResponseLogps, batch: GroupBatch) -> list[Measured]:
         """The entropy as a token mean, where it is asked for."""
         if out.entropy is None:
             return []
-        return [({"entropy": out.entropy}, batch.weights[batch.group_of_response][out.response])]
+        return [Measured({"entropy": out.entropy}, batch.weights[batch.group_of_response][out.response])]
 
     @override
     def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
@@ -163,27 +168,29 @@ class PolicyModule(L.LightningModule):
         Lightning divides each micro-batch by the accumulation count and averages gradients over ranks, whatever they
         hold; multiplying by both makes the sum over micro-batches and ranks an exact weighted mean.
         """
-        world_size = self.trainer.world_size
         if batch.window is not None:
-            factor = self.trainer.accumulate_grad_batches * world_size / getattr(batch.window, terms.unit)
-            return total * factor
-        count = terms.weights.sum()
-        if world_size > 1:
-            reduced = self.trainer.strategy.reduce(count, reduce_op="sum")
-            assert isinstance(reduced, Tensor)
-            count = reduced
-        return total * world_size / count
+            divisor = torch.tensor(getattr(batch.window, terms.unit) / self.trainer.accumulate_grad_batches)
+        else:
+            divisor = sum_over_ranks(terms.weights.sum())
+        return total * self.trainer.world_size / divisor
+
+    def after_update(self) -> None:
+        """Called once after every update of the policy."""
 
     @override
     def on_train_start(self) -> None:
-        self._logged_at = self.trainer.global_step
+        self._updates = self._logged_at = self.trainer.global_step
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: GroupBatch, batch_idx: int) -> None:
         # Any: Lightning's own type for step outputs
-        step, every = self.trainer.global_step, self.trainer.log_every_n_steps
-        if every and step != self._logged_at and step % every == 0:
-            self._logged_at = step
+        updates, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        if updates == self._updates:
+            return
+        self._updates = updates
+        self.after_update()
+        if every and updates % every == 0:
+            self._logged_at = updates
             self.log_dict(self._flush(self.train_means))
 
     @override
@@ -204,3 +211,12 @@ class PolicyModule(L.LightningModule):
         values = {name: value.float() for name, value in means.compute().items()}
         means.reset()
         return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum over all processes, on every one of them; every rank must come by."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total

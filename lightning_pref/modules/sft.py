@@ -10,8 +10,9 @@ from typing_extensions import override
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout
+from lightning_pref.modules.objectives import Measured, StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
-from lightning_pref.modules.policy import Loading, PolicyModule, StepTerms
+from lightning_pref.modules.policy import Loading, PolicyModule
 
 
 class SFTModule(PolicyModule):
@@ -56,7 +57,7 @@ class SFTModule(PolicyModule):
     def terms(self, batch: GroupBatch) -> StepTerms:
         out = self.policy_logps(batch)
         weights = batch.weights[batch.group_of_response]
-        measured = [({"logps/response": out.logps}, weights), *self.entropy_of(out, batch)]
+        measured = [Measured({"logps/response": out.logps}, weights), *self.entropy_of(out, batch)]
         if self.normalize == "token":
             return StepTerms(-out.token_logps, weights[out.response], "response_tokens", measured)
         return StepTerms(-out.logps / out.lengths, weights, "responses", measured)

@@ -101,17 +101,19 @@ def test_selections_are_part_of_all_pairs_and_best_worst_is_the_widest(ranks: li
 
 
 def test_pairs_of_a_group_share_its_weight() -> None:
+    plain = replace(small_group(1), ranks=(0, 1))
     ranked = replace(small_group(0, (1,), (2,), (3,), (4,)), ranks=(2, 0, 1), weight=3.0)
-    tied = replace(small_group(1), ranks=(0, 0))
-    pairs = GroupBatch.from_groups([tied, ranked]).pairs()
-    assert list(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)) == [(3, 4), (3, 2), (4, 2)]
-    assert pairs.group.tolist() == [1, 1, 1]
-    torch.testing.assert_close(pairs.weights, torch.ones(3))
+    pairs = GroupBatch.from_groups([plain, ranked]).pairs()
+    assert list(zip(pairs.chosen.tolist(), pairs.rejected.tolist(), strict=True)) == [(0, 1), (3, 4), (3, 2), (4, 2)]
+    assert pairs.group.tolist() == [0, 1, 1, 1]
+    torch.testing.assert_close(pairs.weights, torch.ones(4))
 
 
-def test_a_batch_without_order_says_which_loss_to_choose() -> None:
-    with pytest.raises(ValueError, match="holds no ordered pair.*choose an unpaired loss such as 'kto'"):
-        GroupBatch.from_groups([small_group()]).pairs()
+@pytest.mark.parametrize("ranks", [None, (0, 0)])
+def test_a_group_without_order_is_named_with_the_loss_to_choose(ranks: tuple[int, int] | None) -> None:
+    groups = [replace(small_group(4), ranks=(0, 1)), replace(small_group(7), ranks=ranks)]
+    with pytest.raises(ValueError, match="Row 7 has no ordered pair.*choose an unpaired loss such as 'kto'"):
+        GroupBatch.from_groups(groups).pairs()
 
 
 def test_mismatched_gives_each_prompt_the_responses_of_the_group_before() -> None:

@@ -1,0 +1,40 @@
+"""Preference optimisation: `python -m lightning_pref.recipes.dpo`, with nothing else or with your own model and data.
+
+On the playground the model is first fine-tuned by the `sft` recipe; a model of one's own is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_pref.cli import Recipe, RunResult, run_recipe
+from lightning_pref.modules.dpo import DPOModule
+from lightning_pref.recipes.playground import fine_tune_first, gold_reward_callbacks
+
+RECIPE = Recipe(
+    name="dpo",
+    module=DPOModule,
+    defaults={"data.train": "playground:preference"},
+    headline=(
+        "gold_reward",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "loss",
+        "val/rewards/margins",
+        "val/rewards/accuracies",
+        "val/loss",
+    ),
+    before=fine_tune_first,
+    callbacks=gold_reward_callbacks,
+)
+
+
+def main(args: Sequence[str] | None = None) -> RunResult:
+    """Run the recipe with these command-line arguments, the process's own if not given."""
+    return run_recipe(RECIPE, args)
+
+
+if __name__ == "__main__":
+    main()
