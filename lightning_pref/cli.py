@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,13 +17,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
-from lightning_pref.callbacks import Throughput
+from lightning_pref.callbacks import GoldReward, Throughput
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.rows import RowError
 from lightning_pref.modules.policy import PolicyModule
-from lightning_pref.reports.summary import FirstLast, RunRecord, print_summary, write_summary
+from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
 
 CONFIGS = Path(__file__).parent / "recipes" / "configs"
 # Processes that Lightning starts for further devices inherit it, so that all ranks agree on the folder.
@@ -56,7 +58,7 @@ class Recipe(NamedTuple):
     # Run before anything is built; may change the configuration (a first stage that trains the model to start from).
     before: Callable[[Namespace, Path], None] = lambda config, folder: None
     # Further callbacks for this configuration.
-    callbacks: Callable[[Namespace, Path], list[Callback]] = lambda config, folder: []
+    callbacks: Callable[[Namespace], list[Callback]] = lambda config: []
 
 
 class RunResult(NamedTuple):
@@ -117,10 +119,20 @@ class RecipeCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         self.folder = Path(self.config.run.root) / self.recipe.name / _run_name(self.config.run.name)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim_folder()
         self.recipe.before(self.config, self.folder)
         if self.config.data.tokenizer is None:
             self.config.data.tokenizer = self.config.model.model
+
+    def _claim_folder(self) -> None:
+        """Make the run folder, and refuse one that holds another run: its metrics and configuration would be overwritten."""
+        is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        if is_first_process and self.folder.exists() and any(self.folder.iterdir()) and self.config.run.resume is None:
+            raise ValueError(
+                f"The run folder {self.folder} is not empty. Choose another `--run.name`, remove the folder, or go on with the "
+                f"run it holds: `--run.resume {self.folder / 'checkpoints' / 'last.ckpt'}`."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -132,7 +144,7 @@ class RecipeCLI(LightningCLI):
                 TensorBoardLogger(root, name="", version=version),
                 CSVLogger(root, name="", version=version),
             ]
-        callbacks: list[Callback] = [Throughput(), *self.recipe.callbacks(self.config, self.folder)]
+        callbacks: list[Callback] = [Throughput(), *self.recipe.callbacks(self.config)]
         given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         if asked.logger is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -165,6 +177,7 @@ def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
         args: Command line; the process's own if not given.
     """
     started = time.monotonic()
+    _silence_known_noise()
     names_the_run = RUN_NAME_VARIABLE not in os.environ  # not so for a first stage, nor in a process Lightning started
     try:
         cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
@@ -176,6 +189,15 @@ def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
     finally:
         if names_the_run:
             os.environ.pop(RUN_NAME_VARIABLE, None)
+
+
+def _silence_known_noise() -> None:
+    """Keep back what other libraries say in every run and nobody can act on."""
+    # Lightning calls a torch function that torch is about to rename.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)
+    # TensorBoard's logger has been in the run folder already; `_claim_folder` has looked for other runs.
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    disable_progress_bar()
 
 
 def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
@@ -205,6 +227,9 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         **({"model": export} if export is not None else {}),
         "TensorBoard": f"tensorboard --logdir {cli.folder}",
     }
+    for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it outside __init__
+        if isinstance(callback, GoldReward):
+            print_samples(callback.first, callback.last)
     print_summary(
         title=f"{cli.recipe.name}: {cli.trainer.global_step} updates in {seconds:.0f} s",
         metrics=cli.record.metrics,

@@ -108,7 +108,7 @@ def _stage(trainer: Trainer) -> str:
     return "predict" if trainer.predicting else "train"
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def observe(module: LightningModule, observation: Observation, *, source: str | None = None) -> None:
     """Publish an observation to every attached observer that consumes its class.
 
@@ -132,7 +132,7 @@ def observe(module: LightningModule, observation: Observation, *, source: str | 
             listener.on_observation(trainer, trainer.lightning_module, detached, source or _stage(trainer))
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def wants(module: LightningModule, kind: type[Observation]) -> bool:
     """Whether any attached observer consumes this kind, so that a step can skip evidence nobody asked for."""
     trainer = _attached_trainer(module)

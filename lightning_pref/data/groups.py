@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -17,7 +17,7 @@ PairSelection = Literal["all", "best_worst", "adjacent"]
 NO_STEP = -100
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PromptGroup:
     """One prompt and its K >= 1 responses, as token ids.
 
@@ -80,7 +80,7 @@ def select_pairs(ranks: Sequence[int], how: PairSelection = "all") -> list[tuple
     if how == "best_worst":
         candidates = [(order[0], order[-1])]
     elif how == "adjacent":
-        candidates = list(zip(order, order[1:], strict=False))
+        candidates = list(pairwise(order))
     else:
         candidates = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
     return [(a, b) for a, b in candidates if ranks[a] < ranks[b]]
@@ -205,9 +205,9 @@ class GroupBatch:
     def pin_memory(self) -> Self:
         return self._map(Tensor.pin_memory)
 
-    def _map(self, change: Any) -> Self:  # Any: a function Tensor -> Tensor, named by its two callers above
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(v) for name, v in tensors.items() if isinstance(v, Tensor)})
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values: dict[str, Any] = {name: getattr(self, name) for name in _BATCH_FIELDS}  # Any: each field has its own type
+        return type(self)(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
 
     def pairs(self, how: PairSelection = "all") -> Pairs:
         """Ordered pairs of the batch, those of one group sharing the group's weight equally.
@@ -233,11 +233,11 @@ class GroupBatch:
             chosen=torch.tensor(chosen_index, device=device),
             rejected=torch.tensor(rejected_index, device=device),
             group=group,
-            weights=torch.tensor(shares, device=device) * self.weights[group],
+            weights=torch.tensor(shares, dtype=torch.float32, device=device) * self.weights[group],
         )
 
     def groups(self) -> list[PromptGroup]:
-        """The groups back again, on the CPU; `from_groups(batch.groups())` restores the token layout."""
+        """The groups back again, on the CPU, without step marks; a margin that was missing beside others is 0."""
         ids = self.input_ids.cpu().numpy()
         weights, rows = self.weights.tolist(), self.row_ids.tolist()
         found, token, response = [], 0, 0
@@ -259,18 +259,39 @@ class GroupBatch:
                     ranks=self.ranks[g],
                     scores=None if self.scores is None else tuple(self.scores[span].tolist()),
                     labels=None if self.labels is None else tuple(self.labels[span].tolist()),
+                    margin=None if self.margins is None else float(self.margins[g]),
                     weight=weights[g],
                 )
             )
         return found
 
     def mismatched(self) -> Self:
-        """Each prompt with the responses of the group before it: the unrelated pairs that KTO's baseline is made of."""
+        """Each prompt with the responses of the group before it: the unrelated pairs that KTO's baseline is made of.
+
+        Neighbours with the same prompt are not unrelated and get weight 0. No cache of a data set holds these rows, so their
+        `response_ids` count inside the batch.
+        """
         if self.num_groups < 2:
             raise ValueError("Mismatched pairs need at least two groups in a batch; raise the batch size or token budget.")
         own = self.groups()
-        rolled = [replace(own[i], responses=own[i - 1].responses, labels=None, scores=None, ranks=None) for i in range(len(own))]
+        rolled = [
+            PromptGroup(
+                row_id=group.row_id,
+                prompt=group.prompt,
+                responses=before.responses,
+                source=group.source,
+                weight=0.0 if np.array_equal(group.prompt, before.prompt) else group.weight,
+            )
+            for group, before in zip(own, [own[-1], *own[:-1]], strict=True)
+        ]
         return type(self).from_groups(rolled).to(self.input_ids.device)
+
+
+_BATCH_FIELDS = tuple(field.name for field in fields(GroupBatch))
+
+# Lightning's precision plugins take every dataclass apart to cast its tensors: a frozen one raises there (bf16-true, 64-true,
+# FSDP, DeepSpeed), another would get its weights and scores rounded. Without this attribute a batch is one thing to them.
+del GroupBatch.__dataclass_fields__
 
 
 def _flat(pieces: Sequence[np.ndarray[Any, Any]]) -> Tensor:

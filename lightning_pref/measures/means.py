@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 class WeightedMeans(Metric):
@@ -33,6 +34,7 @@ class WeightedMeans(Metric):
         self.add_state("sums", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("weights", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
 
+    @override
     def update(self, values: Mapping[str, Tensor], weights: Tensor) -> None:
         """Add values.
 
@@ -54,6 +56,7 @@ class WeightedMeans(Metric):
             self._slots[names, device] = torch.tensor([self.names.index(name) for name in names], device=device)
         return self._slots[names, device]
 
+    @override
     def compute(self) -> dict[str, Tensor]:
         """Mean of every name, on every rank the same."""
         means = self.sums / self.weights

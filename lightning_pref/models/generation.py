@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lightning_pref.models.backbones import evaluating
 
 
-@torch.no_grad()
 def sample_responses(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
     *,
     eos_token_id: int,
@@ -33,23 +35,18 @@ def sample_responses(
         batch_size: Prompts that are decoded together.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     devices = [device] if device.type == "cuda" else []
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            return [
-                response
-                for start in range(0, len(prompts), batch_size)
-                for response in _generate(model, prompts[start : start + batch_size], eos_token_id, max_new_tokens, temperature)
-            ]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return [
+            response
+            for start in range(0, len(prompts), batch_size)
+            for response in _generate(model, prompts[start : start + batch_size], eos_token_id, max_new_tokens, temperature)
+        ]
 
 
 def _generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], eos: int, max_new_tokens: int, temperature: float
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]], eos: int, max_new_tokens: int, temperature: float
 ) -> list[list[int]]:
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -19,7 +19,7 @@ from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout, Quantity, ResponseLogps
 from lightning_pref.models.reference import EmaReference, EmaSettings, Reference
 from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
-from lightning_pref.modules.loss_choice import choose_loss
+from lightning_pref.modules.loss_choice import choose_loss, coupled_losses
 from lightning_pref.modules.objectives import (
     PAIR_METRICS,
     RESPONSE_METRICS,
@@ -99,6 +99,11 @@ class DPOModule(PolicyModule):
         self.needs_reference = chosen.needs_reference
         if chosen.kind != "pair":
             _refuse_pair_settings(str(loss), pairs=pairs, tail_weight=tail_weight, weigh_by_policy=weigh_by_policy)
+        if weigh_by_policy and (coupled := coupled_losses(chosen)):
+            raise ValueError(
+                f"`weigh_by_policy` weighs single pairs, but {coupled[0]!r} sorts the pairs of a batch, so that a loss belongs "
+                "to no one pair. Leave it out, or choose another loss."
+            )
         if chosen.kind != "forget" and retain_weight != 1.0:
             raise ValueError(f"`retain_weight` acts on 'npo' and 'simnpo' only; with the loss {loss!r} it has no effect.")
         if loss == "kto" and reference == "cache":

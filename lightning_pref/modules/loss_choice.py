@@ -66,6 +66,12 @@ def choose_loss(loss: str | Mapping[str, float], beta: float | None, options: Ma
     return ChosenLoss("pair", mix, {}, mix.needs_reference)
 
 
+def coupled_losses(chosen: ChosenLoss) -> list[str]:
+    """Names of the pairwise losses in the choice that look at several pairs at once."""
+    names = [name for name, _, _ in chosen.loss.terms] if isinstance(chosen.loss, LossMix) else [str(chosen.loss)]
+    return [name for name in names if name in PREFERENCE_LOSSES and PREFERENCE_LOSSES[name].num_coupled > 1]
+
+
 def _with_beta(options: Mapping[str, Any], beta: float | None) -> dict[str, Any]:
     if beta is None:
         return dict(options)
@@ -87,9 +93,5 @@ def _single(name: str, options: dict[str, Any]) -> ChosenLoss:
     supplied = SUPPLIED.get(name, frozenset())
     if given := sorted(supplied & set(options)):
         raise ValueError(f"Option `{given[0]}` of loss {name!r} is measured while training; leave it out.")
-    known = {option for option in spec.options if option not in supplied}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(
-            f"Loss {name!r} has no option `{unknown[0]}`: it would change nothing. Its options are: {', '.join(sorted(known))}."
-        )
+    loss_options(spec, **dict.fromkeys(supplied, 0.0), **options)  # raises for an unknown option or a value out of range
     return ChosenLoss(kind, name, options, spec.needs_reference)

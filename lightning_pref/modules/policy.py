@@ -184,7 +184,8 @@ class PolicyModule(L.LightningModule):
     @override
     def on_train_batch_end(self, outputs: Any, batch: GroupBatch, batch_idx: int) -> None:
         # Any: Lightning's own type for step outputs
-        updates, every = self.trainer.global_step, self.trainer.log_every_n_steps
+        updates = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it outside __init__
         if updates == self._updates:
             return
         self._updates = updates

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_pref.data.datamodule import PreferenceData
@@ -69,9 +69,10 @@ def _fill(
     # All ranks look before any of them writes, so all go the same way.
     if trainer.strategy.broadcast(place.exists()):
         return
+    nn.Module.to(model, trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
         write_part(
-            model.to(trainer.strategy.root_device),
+            model,
             data.every_batch(table, trainer.global_rank, trainer.world_size),
             place,
             digest,

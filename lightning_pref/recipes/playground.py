@@ -25,23 +25,25 @@ def trains_on_playground(config: Namespace) -> bool:
 
 
 def fine_tune_first(config: Namespace, folder: Path) -> None:
-    """Replace a random preset by itself after the `sft` recipe, a run of its own in `<run folder>/sft/first`."""
+    """Replace a random preset by itself after the `sft` recipe, a run of its own in `<root>/sft/for-<recipe>-<name>`."""
     from lightning_pref.recipes import sft
 
-    if not str(config.model.model).startswith("playground:"):
+    preset = str(config.model.model)
+    if not preset.startswith("playground:"):
         return
+    name = f"for-{folder.parent.name}-{folder.name}"
     first = sft.main(
         [
-            f"--run.root={folder}",
-            "--run.name=first",
-            f"--model.model={config.model.model}",
-            f"--seed_everything={config.seed_everything}",
+            f"--run.root={config.run.root}",
+            f"--run.name={name}",
+            f"--model.model={preset}",
+            f"--data.cache_dir={config.data.cache_dir}",
         ]
     )
     config.model.model = str(first.export)
 
 
-def gold_reward_callbacks(config: Namespace, folder: Path) -> list[Callback]:
+def gold_reward_callbacks(config: Namespace) -> list[Callback]:
     """The gold reward of sampled answers, where the run is on the playground."""
     if not trains_on_playground(config):
         return []
@@ -53,7 +55,7 @@ def gold_reward_callbacks(config: Namespace, folder: Path) -> list[Callback]:
         ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
         eos = tokenizer.eos_token_id
         responses = sample_responses(module.policy, ids, eos_token_id=eos, max_new_tokens=MAX_NEW_TOKENS)
-        return [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]
+        return [str(tokenizer.decode(response, skip_special_tokens=True)).strip() for response in responses]
 
-    templated = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows]
+    templated = [str(tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)) for row in rows]
     return [GoldReward(templated, answer, gold_reward)]

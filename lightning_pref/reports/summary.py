@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
@@ -25,6 +25,17 @@ class FirstLast(NamedTuple):
 
     first: float
     last: float
+
+
+class Sample(Protocol):
+    """An answer of the policy and its worth."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def reward(self) -> float: ...
 
 
 class RunRecord(Logger):
@@ -117,3 +128,18 @@ def print_summary(
     width = max(len(name) for name in places)
     for name, place in places.items():
         console.print(f"  {name.ljust(width)}  {place}", highlight=False, soft_wrap=True)
+
+
+def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: Console | None = None) -> None:
+    """Print what the policy answered one prompt before and after: the one whose reward changed by the median amount."""
+    console = console or Console()
+    pairs = sorted(zip(first, last, strict=True), key=lambda pair: pair[1].reward - pair[0].reward)
+    before, after = pairs[len(pairs) // 2]
+    lines = {
+        "prompt": before.prompt,
+        f"first ({before.reward:.2f})": before.response,
+        f"last ({after.reward:.2f})": after.response,
+    }
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        console.print(f"  {name.ljust(width)}  {text}", highlight=False, markup=False)

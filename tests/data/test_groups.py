@@ -122,6 +122,21 @@ def test_mismatched_gives_each_prompt_the_responses_of_the_group_before() -> Non
     assert found == [([1], [7]), ([4], [2, 3]), ([6], [5])]
 
 
+def test_neighbours_with_the_same_prompt_count_for_nothing_when_mismatched() -> None:
+    batch = GroupBatch.from_groups([small_group(0, (1,), (2,)), small_group(1, (1,), (5,)), small_group(2, (6,), (7,))])
+    assert batch.mismatched().weights.tolist() == [1.0, 0.0, 1.0]
+
+
+def test_pair_weights_keep_their_precision_under_another_default_dtype() -> None:
+    batch = GroupBatch.from_groups([replace(small_group(0, (1,), (2,), (3,), (4,)), ranks=(0, 1, 2))])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weights = batch.pairs().weights
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weights, torch.full((3,), 1.0 / 3.0, dtype=torch.float32))
+
+
 def test_mismatched_needs_two_groups() -> None:
     with pytest.raises(ValueError, match="at least two groups.*raise the batch size or token budget"):
         GroupBatch.from_groups([small_group()]).mismatched()

@@ -48,9 +48,7 @@ class Gradients(Callback):
         self.seen.append(self._flat(pl_module))
 
     @override
-    def on_before_zero_grad(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         if gradients:
             self.clipped.append(self._flat(pl_module))
@@ -72,9 +70,7 @@ def run(
     limit: int | float = 1.0,
     clip: float | None = None,
 ) -> tuple[Gradients, RunRecord]:
-    sampler = GroupBatchSampler(
-        batches, batch_size=batch_size, accumulate=accumulate, shuffle=False, limit_batches=limit
-    )
+    sampler = GroupBatchSampler(batches, batch_size=batch_size, accumulate=accumulate, shuffle=False, limit_batches=limit)
     gradients, record = Gradients(), RunRecord()
     trainer = L.Trainer(
         max_epochs=1,
@@ -189,9 +185,7 @@ def test_N6_clipping_sees_the_whole_update_and_not_its_micro_batches(
     assert torch.allclose(gradients.clipped[-1], expected * (0.01 / expected.norm()), rtol=1e-3, atol=1e-7)
 
 
-def test_batches_from_elsewhere_are_averaged_exactly_one_by_one(
-    tiny_model: TinyModel, random_groups: RandomGroups
-) -> None:
+def test_batches_from_elsewhere_are_averaged_exactly_one_by_one(tiny_model: TinyModel, random_groups: RandomGroups) -> None:
     groups = random_groups(4)
     loader: DataLoader[Any] = DataLoader([GroupBatch.from_groups(groups)], batch_size=None)  # type: ignore[arg-type]
     gradients = Gradients()

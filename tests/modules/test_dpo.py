@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def moved(module: DPOModule, seed: int = 9) -> DPOModule:
     with torch.no_grad():
         for parameter in module.policy.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return module
 
 
@@ -278,6 +278,8 @@ def test_the_reference_follows_the_policy_where_ema_is_asked_for(tiny_model: Tin
         ({"loss": "kto", "pairs": "adjacent"}, "`pairs` acts on pairs"),
         ({"loss": "npo", "tail_weight": 0.5}, "`tail_weight` acts on pairs"),
         ({"tail_weight": 0.5, "reference": "cache"}, "but a cache holds sums"),
+        ({"loss": "aot", "weigh_by_policy": True}, "'aot' sorts the pairs of a batch"),
+        ({"loss": "npo", "beta": -1.0}, "`beta` of loss 'npo' must be positive"),
         ({"retain_weight": 0.5}, "`retain_weight` acts on 'npo' and 'simnpo' only"),
     ],
 )
