@@ -31,9 +31,9 @@ Written by `docs/make_losses.py` from `lightning_pref/losses/registry.py`; edit 
 from lightning_pref.losses import LossMix, PairLogps, implicit_rewards, preference_loss, sensitivities
 
 pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)  # sums of log-probs, [B] each
-losses = preference_loss("sigmoid", pair, beta=0.1)                # [B], not reduced
-rewards = implicit_rewards("sigmoid", pair, beta=0.1)              # what the loss compares: log these
-d_c, d_r = sensitivities("sigmoid", pair, beta=0.1)                # -dL/dS_c and dL/dS_r: how hard it pulls and pushes
+losses = preference_loss("sigmoid", pair, beta=0.1)  # [B], not reduced
+rewards = implicit_rewards("sigmoid", pair, beta=0.1)  # what the loss compares: log these
+d_c, d_r = sensitivities("sigmoid", pair, beta=0.1)  # -dL/dS_c and dL/dS_r: how hard it pulls and pushes
 losses = preference_loss(LossMix([("sigmoid", 0.8), ("bco_pair", 0.2), ("sft", 1.0)]), pair)
 ```
 

@@ -73,7 +73,9 @@ SECTIONS: dict[str, list[Pitfall]] = {
         Pitfall("L7", "Packed documents attend to one another, or their positions do not restart", "trl#4170"),
         Pitfall("L8", "Results depend on the padding side", "trl#2778 transformers#35352"),
         Pitfall("L9", "A row's score depends on the rows beside it", "reward-bench#137"),
+        Pitfall("L10", "Dividing by a temperature changes the logits of the caller", "trl#6554"),
         Pitfall("L13", "Entropy is averaged over padding or prompt tokens", "trl#3833 trl#3964 trl#3715 trl#5620"),
+        Pitfall("L14", "The estimate of the KL has a wrong sign or gradient: descending it does not reduce the KL", "verl#2953"),
     ],
     "Reference model": [
         Pitfall("R1", "Policy and reference differ before the first step", "NeMo-Aligner#227"),
@@ -84,6 +86,7 @@ SECTIONS: dict[str, list[Pitfall]] = {
         Pitfall(
             "R6", "Switching the adapter off leaves a wrong adapter on, or trains the reference", "verl#4675 LLaMA-Factory#10514"
         ),
+        Pitfall("R7", "The model is called past its DDP wrapper, and the ranks drift apart", "trl#7245"),
         Pitfall("R9", "The reference moves while its cached log-probs do not"),
         Pitfall("R10", "A loss without a reference still pays for one"),
     ],
@@ -103,6 +106,7 @@ SECTIONS: dict[str, list[Pitfall]] = {
             "Accumulated micro-batches weigh short and long rows otherwise than one large batch",
             "transformers#34191 transformers#35856 trl#2175 ms-swift#10117 unsloth#8261 Lightning#20350",
         ),
+        Pitfall("N2", "Ranks with unequal rows weigh them otherwise than one process with all of them"),
         Pitfall("N3", "The global token count is known only after the backward pass that needs it"),
         Pitfall(
             "N5",

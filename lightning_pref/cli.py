@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,21 +14,23 @@ from typing import Any, NamedTuple
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from lightning_pref.callbacks import GoldReward, Throughput
 from lightning_pref.data.datamodule import PreferenceData
-from lightning_pref.data.rows import RowError
 from lightning_pref.modules.policy import PolicyModule
+from lightning_pref.reports.console import RunProgressBar, StartLine, readable_terminal
 from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
 
-CONFIGS = Path(__file__).parent / "recipes" / "configs"
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "recipes" / "configs"
 # Processes that Lightning starts for further devices inherit it, so that all ranks agree on the folder.
 RUN_NAME_VARIABLE = "LIGHTNING_PREF_RUN_NAME"
+# All that a run leaves which ended before its first update; the next one may write over it.
+START_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,15 @@ def on_playground(config: Namespace) -> bool:
     return str(config.model.model).startswith("playground") and str(config.data.train).startswith("playground")
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run folder, whichever loggers the run has."""
+
+    @override
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        path = Path(trainer.default_root_dir) / self.config_filename
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+
+
 class RecipeCLI(LightningCLI):
     """LightningCLI without subcommands: flags and YAML of the constructors' own names.
 
@@ -89,7 +100,8 @@ class RecipeCLI(LightningCLI):
             recipe.module,
             PreferenceData,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"prog": f"python -m lightning_pref.recipes.{recipe.name}"},
             run=False,
             auto_configure_optimizers=False,
@@ -104,6 +116,8 @@ class RecipeCLI(LightningCLI):
                 "trainer.max_epochs": 1,
                 "trainer.log_every_n_steps": 10,
                 "trainer.gradient_clip_val": 1.0,
+                # `StartLine` says what one wants of it.
+                "trainer.enable_model_summary": False,
                 **self.recipe.defaults,
             }
         )
@@ -120,6 +134,9 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self.folder = Path(self.config.run.root) / self.recipe.name / _run_name(self.config.run.name)
         self._claim_folder()
+        # The constructors refuse what cannot be meant; better so before a first stage than after it.
+        parts = Namespace(model=self.config.model, data=self.config.data)  # type: ignore[no-untyped-call]
+        self.parser.instantiate_classes(parts)
         self.recipe.before(self.config, self.folder)
         if self.config.data.tokenizer is None:
             self.config.data.tokenizer = self.config.model.model
@@ -127,31 +144,35 @@ class RecipeCLI(LightningCLI):
     def _claim_folder(self) -> None:
         """Make the run folder, and refuse one that holds another run: its metrics and configuration would be overwritten."""
         is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if is_first_process and self.folder.exists() and any(self.folder.iterdir()) and self.config.run.resume is None:
+        if is_first_process and self.config.run.resume is None and _holds_more_than_a_start(self.folder):
+            last = self.folder / "checkpoints" / "last.ckpt"
+            go_on = f" To go on with the run it holds: `--run.name {self.folder.name} --run.resume {last}`."
             raise ValueError(
-                f"The run folder {self.folder} is not empty. Choose another `--run.name`, remove the folder, or go on with the "
-                f"run it holds: `--run.resume {self.folder / 'checkpoints' / 'last.ckpt'}`."
+                f"The run folder {self.folder} is not empty. Choose another `--run.name`, or remove the folder."
+                + (go_on if last.exists() else "")
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         asked = self.config_init.trainer
-        if asked.logger is None:
+        if asked.logger in (None, True):
             # Both loggers write straight into the run folder: the version is the folder itself.
             root, version = str(self.folder.parent), self.folder.name
             kwargs["logger"] = [
                 TensorBoardLogger(root, name="", version=version),
                 CSVLogger(root, name="", version=version),
             ]
-        callbacks: list[Callback] = [Throughput(), *self.recipe.callbacks(self.config)]
+        callbacks: list[Callback] = [StartLine(self.recipe.name, self.folder), Throughput(), *self.recipe.callbacks(self.config)]
         given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         if asked.logger is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         if asked.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
             callbacks.append(ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True))
-        if asked.enable_progress_bar is not False and sys.stdout.isatty():
-            callbacks.append(RichProgressBar())
+        if asked.enable_progress_bar is None and not any(isinstance(c, ProgressBar) for c in given):
+            # In a file or a pipe a bar is a heap of control characters.
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            callbacks += [RunProgressBar()] if sys.stdout.isatty() else []
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
         trainer.loggers.append(self.record)
@@ -177,27 +198,35 @@ def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
         args: Command line; the process's own if not given.
     """
     started = time.monotonic()
-    _silence_known_noise()
     names_the_run = RUN_NAME_VARIABLE not in os.environ  # not so for a first stage, nor in a process Lightning started
     try:
-        cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.run.resume)
-        return _finish(cli, time.monotonic() - started)
-    except RowError as error:
-        # A bad row is the user's to mend: one paragraph, no traceback.
+        with readable_terminal():
+            cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.run.resume)
+            return _finish(cli, time.monotonic() - started)
+    except (ValueError, TypeError, OSError) as error:
+        # What this package raises on purpose is written for the user: one paragraph, no traceback.
+        if not _raised_by_us(error):
+            raise
         raise SystemExit(f"error: {error}") from error
     finally:
         if names_the_run:
             os.environ.pop(RUN_NAME_VARIABLE, None)
 
 
-def _silence_known_noise() -> None:
-    """Keep back what other libraries say in every run and nobody can act on."""
-    # Lightning calls a torch function that torch is about to rename.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)
-    # TensorBoard's logger has been in the run folder already; `_claim_folder` has looked for other runs.
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
-    disable_progress_bar()
+def _raised_by_us(error: Exception) -> bool:
+    """Whether the line that raised is in this package, and not in a library below it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
+def _holds_more_than_a_start(folder: Path) -> bool:
+    entries = folder.iterdir() if folder.exists() else []
+    return any(not any(entry.match(pattern) for pattern in START_FILES) for entry in entries)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
@@ -231,7 +260,7 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         if isinstance(callback, GoldReward):
             print_samples(callback.first, callback.last)
     print_summary(
-        title=f"{cli.recipe.name}: {cli.trainer.global_step} updates in {seconds:.0f} s",
+        title=f"{cli.recipe.name}: {_count(cli.trainer.global_step, 'update')} in {seconds:.0f} s",
         metrics=cli.record.metrics,
         headline=cli.recipe.headline,
         places={name: place for name, place in places.items() if not isinstance(place, Path) or place.exists()},

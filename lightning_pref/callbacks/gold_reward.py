@@ -73,7 +73,7 @@ class GoldReward(Callback):
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == self._measured_at or trainer.sanity_checking:
+        if trainer.global_step == self._measured_at:
             return
         self._measured_at = trainer.global_step
         mine = self.prompts[trainer.global_rank :: trainer.world_size]

@@ -58,15 +58,16 @@ class Throughput(Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause()
+        self._pause(pl_module.device)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training:
-            self._started = time.perf_counter()
+        self._started = time.perf_counter()
 
-    def _pause(self) -> None:
+    def _pause(self, device: torch.device) -> None:
         if self._started is not None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # else the clock would stop before the work that is queued
             self._seconds += time.perf_counter() - self._started
             self._started = None
 
@@ -82,9 +83,7 @@ class Throughput(Callback):
         if updates == self._updates or not every or updates % every:
             return
         self._updates = updates
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # once per logged update: else the clock reads queued work
-        self._pause()
+        self._pause(pl_module.device)
         # All ranks run in step, so the sum over ranks of the work over this rank's time is the speed of the whole.
         totals = torch.tensor([self._tokens, self._rows], dtype=torch.float64, device=pl_module.device)
         totals = trainer.strategy.reduce(totals, reduce_op="sum")

@@ -206,8 +206,9 @@ class GroupBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values: dict[str, Any] = {name: getattr(self, name) for name in _BATCH_FIELDS}  # Any: each field has its own type
-        return type(self)(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+        fields_of_all: dict[str, Any] = {name: getattr(self, name) for name in _BATCH_FIELDS}  # Any: each has its own type
+        changed = {name: change(value) for name, value in fields_of_all.items() if isinstance(value, Tensor)}
+        return type(self)(**(fields_of_all | changed))
 
     def pairs(self, how: PairSelection = "all") -> Pairs:
         """Ordered pairs of the batch, those of one group sharing the group's weight equally.

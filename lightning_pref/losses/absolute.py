@@ -43,12 +43,15 @@ def apo_down(pair: PairLogps, *, beta: float = 0.1) -> Tensor:
 def kto(
     pair: PairLogps,
     *,
-    baseline: float | Tensor,
+    baseline: float | Tensor = 0.0,
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO of both responses added, chosen as desirable and rejected as undesirable; `baseline` as in `unpaired.kto`."""
+    """KTO of both responses added, chosen as desirable and rejected as undesirable; `baseline` as in `unpaired.kto`.
+
+    Pairs hold no unrelated responses to measure a baseline on; 0 is what it is at the start, where policy and reference agree.
+    """
     assert pair.ref_chosen is not None and pair.ref_rejected is not None, "the loss's LossSpec says `needs_reference`"
     is_chosen = torch.ones_like(pair.chosen, dtype=torch.bool)
     one_side = partial(

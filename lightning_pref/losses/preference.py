@@ -159,9 +159,8 @@ def _spec_of(loss: PreferenceLoss) -> LossSpec:
 def _name_of(loss: PreferenceLoss) -> str:
     if isinstance(loss, str):
         return loss
-    if isinstance(loss, LossSpec):
-        return loss.formula
-    return str(getattr(loss, "__name__", type(loss).__name__))
+    function = loss.fn if isinstance(loss, LossSpec) else loss
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _check_inputs(name: str, spec: LossSpec, pair: PairLogps, options: Mapping[str, object]) -> None:

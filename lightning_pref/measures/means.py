@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -55,6 +55,11 @@ class WeightedMeans(Metric):
         if (names, device) not in self._slots:
             self._slots[names, device] = torch.tensor([self.names.index(name) for name in names], device=device)
         return self._slots[names, device]
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Go along to another device, but stay in float64: `Module.to(torch.bfloat16)` gets past torchmetrics' own guard."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
     @override
     def compute(self) -> dict[str, Tensor]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, Pairs, PairSelection
 from lightning_pref.functional import segment_sum
-from lightning_pref.losses import UNPAIRED_LOSSES, PairLogps, RunningMean, kto_baseline
+from lightning_pref.losses import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout, Quantity, ResponseLogps
 from lightning_pref.models.reference import EmaReference, EmaSettings, Reference
 from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
-from lightning_pref.modules.loss_choice import choose_loss, coupled_losses
+from lightning_pref.modules.loss_choice import LossKind, choose_loss, coupled_losses
 from lightning_pref.modules.objectives import (
+    LIKELIHOOD_METRICS,
     PAIR_METRICS,
     RESPONSE_METRICS,
     PairObjective,
@@ -33,6 +35,13 @@ from lightning_pref.modules.optimisation import OptimizerSettings
 from lightning_pref.modules.policy import Loading, PolicyModule, sum_over_ranks
 from lightning_pref.modules.reference_pass import cached_references, score_sums, score_tokens
 from lightning_pref.observations import PairHiddenObservation, PairObservation, observe, wants
+
+METRICS: Mapping[LossKind, tuple[str, ...]] = {
+    "pair": PAIR_METRICS,
+    "unpaired": RESPONSE_METRICS,
+    "forget": LIKELIHOOD_METRICS,
+    "group": LIKELIHOOD_METRICS,
+}
 
 
 class DPOModule(PolicyModule):
@@ -85,7 +94,7 @@ class DPOModule(PolicyModule):
         chosen = choose_loss(loss, beta, loss_options or {})
         super().__init__(
             model,
-            metric_names=PAIR_METRICS if chosen.kind == "pair" else RESPONSE_METRICS,
+            metric_names=METRICS[chosen.kind],
             layout=layout,
             lora=lora,
             optimizer=optimizer,
@@ -131,11 +140,7 @@ class DPOModule(PolicyModule):
         self.reference: Reference | None = None
         # A cache holds one data set, so validation has one of its own.
         self.val_reference: Reference | None = None
-        # BCO's threshold, the mean reward so far, is part of the checkpoint.
-        self.bco_mean: Tensor
-        self.bco_count: Tensor
-        self.register_buffer("bco_mean", torch.tensor(0.0))
-        self.register_buffer("bco_count", torch.tensor(0.0))
+        self.bco_threshold = BcoThreshold() if loss == "bco" else None
 
     @override
     def configure_model(self) -> None:
@@ -181,7 +186,7 @@ class DPOModule(PolicyModule):
         if self.kind == "pair":
             pairs = batch.pairs(self.objective.selection)
             pair = self.objective.logps(out, reference, pairs)
-            self._publish(out, pair, pairs, batch)
+            self._publish(out, reference, pairs, batch)
             return self.objective.terms(out, pair, pairs)
         name = str(self.loss)
         if self.kind == "group":
@@ -195,29 +200,40 @@ class DPOModule(PolicyModule):
         wanted: set[Quantity] = {"collision"} if self.objective.weigh_by_policy else set()
         return wanted | {"hidden"} if self.kind == "pair" and wants(self, PairHiddenObservation) else wanted
 
-    def _publish(self, out: ResponseLogps, pair: PairLogps, pairs: Pairs, batch: GroupBatch) -> None:
-        row_ids = batch.row_ids[pairs.group]
+    def _publish(self, out: ResponseLogps, reference: Tensor | None, pairs: Pairs, batch: GroupBatch) -> None:
+        """What callbacks may want to see: plain sums, also where the loss weighs tails."""
+        if not (wants(self, PairObservation) or wants(self, PairHiddenObservation)):
+            return
+        # Rows of weight 0 fill a batch; they are copies of rows that are seen elsewhere.
+        counts = pairs.weights > 0
+        chosen, rejected, row_ids = pairs.chosen[counts], pairs.rejected[counts], batch.row_ids[pairs.group[counts]]
+        if not len(row_ids):
+            return
+        if reference is not None and self.objective.tail_weight != 1.0:
+            reference = segment_sum(reference, out.response, batch.num_responses)
         observe(
             self,
             PairObservation(
-                chosen_logps=pair.chosen,
-                rejected_logps=pair.rejected,
+                chosen_logps=out.logps[chosen],
+                rejected_logps=out.logps[rejected],
                 row_ids=row_ids,
-                chosen_lengths=pair.chosen_lengths,
-                rejected_lengths=pair.rejected_lengths,
-                ref_chosen_logps=pair.ref_chosen,
-                ref_rejected_logps=pair.ref_rejected,
+                chosen_lengths=out.lengths[chosen],
+                rejected_lengths=out.lengths[rejected],
+                ref_chosen_logps=None if reference is None else reference[chosen],
+                ref_rejected_logps=None if reference is None else reference[rejected],
             ),
         )
         if out.hidden is not None:
-            sums = segment_sum(out.hidden.detach(), out.response, batch.num_responses)
+            # In float32, since the states of bf16 weights are bf16, in which a sum over a response loses its digits.
+            states = out.hidden.detach().float()
+            sums = states.new_zeros(batch.num_responses, states.shape[1]).index_add_(0, out.response, states)
             observe(
                 self,
                 PairHiddenObservation(
-                    chosen_hidden=sums[pairs.chosen],
-                    rejected_hidden=sums[pairs.rejected],
-                    chosen_lengths=out.lengths[pairs.chosen],
-                    rejected_lengths=out.lengths[pairs.rejected],
+                    chosen_hidden=sums[chosen],
+                    rejected_hidden=sums[rejected],
+                    chosen_lengths=out.lengths[chosen],
+                    rejected_lengths=out.lengths[rejected],
                     row_ids=row_ids,
                 ),
             )
@@ -233,35 +249,54 @@ class DPOModule(PolicyModule):
     @torch.no_grad()
     def _kto_baseline(self, batch: GroupBatch) -> Tensor:
         """Mean log-ratio of unrelated prompts and responses over all ranks; a batch of one prompt has none to add."""
-        total = torch.zeros(2, device=batch.row_ids.device)
-        if batch.num_groups > 1:
-            unrelated = batch.mismatched()
-            reference = self.reference_logps(unrelated)
-            assert reference is not None
-            weights = unrelated.weights[unrelated.group_of_response]
-            log_ratios = self.policy_logps(unrelated).logps - reference
-            total = torch.stack([(weights * log_ratios).sum(), weights.sum()])
-        log_ratio_sum, count = sum_over_ranks(total)
+        # The forward also runs where it counts nothing: under FSDP every rank has to come by.
+        unrelated = batch.mismatched() if batch.num_groups > 1 else batch
+        reference = self.reference_logps(unrelated)
+        assert reference is not None
+        weights = unrelated.weights[unrelated.group_of_response] * float(batch.num_groups > 1)
+        log_ratios = self.policy_logps(unrelated).logps - reference
+        log_ratio_sum, count = sum_over_ranks(torch.stack([(weights * log_ratios).sum(), weights.sum()]))
         return kto_baseline(log_ratio_sum, count.clamp(min=1.0))
 
     @torch.no_grad()
     def _bco_threshold(self, out: ResponseLogps, reference: Tensor, batch: GroupBatch) -> Tensor:
         """Mean reward of everything trained on so far, this batch of all ranks included."""
-        seen = RunningMean(self.bco_mean, self.bco_count)
+        assert self.bco_threshold is not None
         if self.training:
             weights = batch.weights[batch.group_of_response]
             beta = self.options.get("beta", UNPAIRED_LOSSES["bco"].options["beta"])
             rewards = beta * (out.logps - reference)
-            total, count = sum_over_ranks(torch.stack([(weights * rewards).sum(), weights.sum()]))
-            seen = seen.updated(total, count)
-            self.bco_mean.copy_(seen.mean)
-            self.bco_count.copy_(seen.num_seen)
-        return seen.mean
+            self.bco_threshold.update(*sum_over_ranks(torch.stack([(weights * rewards).sum(), weights.sum()])))
+        return self.bco_threshold.mean.clone()
 
     @override
     def after_update(self) -> None:
         if isinstance(self.reference, EmaReference):
             self.reference.after_update(self.policy)
+
+
+class BcoThreshold(nn.Module):
+    """BCO's mean reward of everything trained on so far: part of the checkpoint, in float32 under every precision."""
+
+    mean: Tensor  # []
+    num_seen: Tensor  # []
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in RunningMean.empty()._asdict().items():
+            self.register_buffer(name, value)
+
+    def update(self, total: Tensor, count: Tensor) -> None:
+        """Add `count` rewards that add up to `total`, over all ranks."""
+        seen = RunningMean(self.mean, self.num_seen).updated(total, count)
+        self.mean.copy_(seen.mean)
+        self.num_seen.copy_(seen.num_seen)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BcoThreshold:
+        """Go along to another device, not to another dtype."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def _refuse_pair_settings(loss: str, *, pairs: PairSelection, tail_weight: float, weigh_by_policy: bool) -> None:

@@ -39,6 +39,8 @@ PAIR_METRICS = (
 )
 # Of single responses: good ones are called chosen, bad ones rejected.
 RESPONSE_METRICS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+# Losses that give no response a reward.
+LIKELIHOOD_METRICS = ("loss", "logps/chosen", "logps/rejected")
 
 
 class Measured(NamedTuple):
@@ -171,12 +173,13 @@ def group_terms(name: str, out: ResponseLogps, batch: GroupBatch, **options: Any
             raise ValueError(f"Loss {name!r} needs ranked responses, but row {int(batch.row_ids[g])} has no order.")
         ranks[g, : len(own)] = torch.tensor(own)
         mask[g, : len(own)] = True
-    ranks, mask = ranks.to(device), mask.to(device)
-    means = out.logps / out.lengths
-    scores = torch.zeros(groups, width, device=device).masked_scatter(mask, means)
     is_best = mask & (ranks == ranks.masked_fill(~mask, torch.iinfo(torch.int64).max).amin(1, keepdim=True))
+    best = is_best[mask].to(device)
+    ranks, mask, is_best = ranks.to(device), mask.to(device), is_best.to(device)
+    means = out.logps / out.lengths
+    # Of the means' own dtype: under half precision Lightning makes that the default.
+    scores = means.new_zeros(groups, width).masked_scatter(mask, means)
     likelihood = -(scores * is_best).sum(1) / is_best.sum(1)
     losses = likelihood + GROUP_LOSSES[name].fn(scores, ranks, mask, **options)
-    best = is_best[mask]
     weights = batch.weights[batch.group_of_response]
     return StepTerms(losses, batch.weights, "groups", _by_side({"logps": out.logps}, best, weights))

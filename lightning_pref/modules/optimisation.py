@@ -42,8 +42,14 @@ class OptimizerSettings:
         if not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"`floor` is a share of the peak learning rate in [0, 1], got {self.floor!r}.")
 
-    def build(self, parameters: Iterable[Parameter], total_updates: int) -> tuple[AdamW, LambdaLR]:
-        """The optimiser over the trainable parameters and its schedule, to be stepped once per update."""
+    def build(self, parameters: Iterable[Parameter], total_updates: int, *, fused: bool = True) -> tuple[AdamW, LambdaLR]:
+        """The optimiser over the trainable parameters and its schedule, to be stepped once per update.
+
+        Args:
+            parameters: All parameters of the model.
+            total_updates: Length of the run.
+            fused: Whether one kernel may update all parameters, where their device has it; the arithmetic is the same.
+        """
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
             raise ValueError(
@@ -54,14 +60,13 @@ class OptimizerSettings:
             {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # One fused kernel over all parameters where the device has it; the arithmetic is the same.
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
+        can_fuse = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trainable)
         optimizer = AdamW(
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.eps,
-            fused=fused,
+            fused=fused and can_fuse,
         )
         return optimizer, LambdaLR(optimizer, self.factor(total_updates))
 

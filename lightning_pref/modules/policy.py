@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -73,8 +72,8 @@ class PolicyModule(L.LightningModule):
         log_entropy: bool,
     ) -> None:
         super().__init__()
-        self.model_name = model if isinstance(model, str) else None
-        self._given_model = None if isinstance(model, str) else model
+        # In a tuple, since a model assigned to a module is registered, and would be saved a second time beside `policy`.
+        self._given = (model,)
         self.layout = layout
         self.lora = lora
         self.optimizer_settings = optimizer
@@ -91,11 +90,10 @@ class PolicyModule(L.LightningModule):
         """Load and adapt the policy; Lightning calls it inside the strategy's and precision's context, once."""
         if "policy" in self._modules:
             return
-        if self._given_model is not None:
-            policy = self._given_model
-        else:
-            assert self.model_name is not None
-            policy = self.load(self.model_name)
+        (given,) = self._given
+        policy = self.load(given) if isinstance(given, str) else given
+        # `from_pretrained` leaves eval mode, which Lightning keeps; adapters' dropout and checkpointing would be off.
+        policy.train()
         disable_dropout(policy)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(policy)
@@ -120,7 +118,9 @@ class PolicyModule(L.LightningModule):
             raise ValueError(
                 "The run has no end, so the schedule has no length; set `trainer.max_epochs` or `trainer.max_steps`."
             )
-        optimizer, schedule = self.optimizer_settings.build(self.policy.parameters(), int(total))
+        # Under mixed precision a fused AdamW unscales gradients itself, so Lightning refuses to clip them.
+        clips_mixed = bool(self.trainer.gradient_clip_val) and str(self.trainer.precision).endswith("-mixed")
+        optimizer, schedule = self.optimizer_settings.build(self.policy.parameters(), int(total), fused=not clips_mixed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def digests(self) -> dict[str, str]:
@@ -168,14 +168,19 @@ class PolicyModule(L.LightningModule):
         Lightning divides each micro-batch by the accumulation count and averages gradients over ranks, whatever they
         hold; multiplying by both makes the sum over micro-batches and ranks an exact weighted mean.
         """
-        if batch.window is not None:
-            divisor = torch.tensor(getattr(batch.window, terms.unit) / self.trainer.accumulate_grad_batches)
-        else:
-            divisor = sum_over_ranks(terms.weights.sum())
-        return total * self.trainer.world_size / divisor
+        if batch.window is None:
+            return total * self.trainer.world_size / sum_over_ranks(terms.weights.sum())
+        count: float = getattr(batch.window, terms.unit)
+        return total * (self.trainer.world_size * self.trainer.accumulate_grad_batches / count)
 
     def after_update(self) -> None:
         """Called once after every update of the policy."""
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # Any: handed on as Lightning gives them
+        super().optimizer_step(*args, **kwargs)
+        # Not in `on_train_batch_end`: a checkpoint is written there before the module's own hook runs.
+        self.after_update()
 
     @override
     def on_train_start(self) -> None:
@@ -189,7 +194,6 @@ class PolicyModule(L.LightningModule):
         if updates == self._updates:
             return
         self._updates = updates
-        self.after_update()
         if every and updates % every == 0:
             self._logged_at = updates
             self.log_dict(self._flush(self.train_means))
@@ -205,7 +209,8 @@ class PolicyModule(L.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         means = self._flush(self.val_means)
-        self.log_dict({f"val/{name}": value for name, value in means.items()})
+        # They are the same on every rank already; without `sync_dist` Lightning would advise it in every run.
+        self.log_dict({f"val/{name}": value for name, value in means.items()}, sync_dist=True)
 
     @staticmethod
     def _flush(means: WeightedMeans) -> dict[str, Tensor]:

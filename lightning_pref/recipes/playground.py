@@ -32,15 +32,13 @@ def fine_tune_first(config: Namespace, folder: Path) -> None:
     if not preset.startswith("playground:"):
         return
     name = f"for-{folder.parent.name}-{folder.name}"
-    first = sft.main(
-        [
-            f"--run.root={config.run.root}",
-            f"--run.name={name}",
-            f"--model.model={preset}",
-            f"--data.cache_dir={config.data.cache_dir}",
-        ]
-    )
-    config.model.model = str(first.export)
+    export = Path(config.run.root) / sft.RECIPE.name / name / "export"
+    # A run that is resumed has its first stage behind it.
+    if config.run.resume is None or not export.exists():
+        args = [f"--run.root={config.run.root}", f"--run.name={name}", f"--model.model={preset}"]
+        cache_dir = config.data.cache_dir
+        sft.main([*args, *([f"--data.cache_dir={cache_dir}"] if cache_dir is not None else [])])
+    config.model.model = str(export)
 
 
 def gold_reward_callbacks(config: Namespace) -> list[Callback]:

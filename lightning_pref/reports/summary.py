@@ -131,15 +131,15 @@ def print_summary(
 
 
 def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: Console | None = None) -> None:
-    """Print what the policy answered one prompt before and after: the one whose reward changed by the median amount."""
+    """Print what the policy answered one prompt before and after, with the rewards: the one of median change."""
     console = console or Console()
     pairs = sorted(zip(first, last, strict=True), key=lambda pair: pair[1].reward - pair[0].reward)
     before, after = pairs[len(pairs) // 2]
     lines = {
         "prompt": before.prompt,
-        f"first ({before.reward:.2f})": before.response,
-        f"last ({after.reward:.2f})": after.response,
+        f"answer before ({before.reward:.2f})": before.response,
+        f"answer after ({after.reward:.2f})": after.response,
     }
     width = max(map(len, lines))
     for name, text in lines.items():
-        console.print(f"  {name.ljust(width)}  {text}", highlight=False, markup=False)
+        console.print(f"  {name.ljust(width)}  {text}", highlight=False, markup=False, soft_wrap=True)

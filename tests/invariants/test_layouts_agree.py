@@ -1,5 +1,6 @@
 """L7 and its neighbours: every layout gives the values and gradients of one plain call per sequence, for every architecture."""
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 
@@ -225,7 +226,8 @@ def test_L9_a_group_scores_the_same_alone_and_in_company(name: str, backend: str
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_bfloat16_layouts_agree_to_its_precision(name: str, layout: Layout) -> None:
     model = build(name, "eager")
-    rounded = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager", dtype=torch.bfloat16)
+    # A copy, because `from_config` writes the dtype into the config it is given.
+    rounded = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="eager", dtype=torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     with torch.no_grad():
         found = response_logps(rounded, BATCH, layout=layout)

@@ -48,10 +48,9 @@ class Gradients(Callback):
         self.seen.append(self._flat(pl_module))
 
     @override
-    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if gradients:
-            self.clipped.append(self._flat(pl_module))
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Backward pass and clipping happen inside the optimiser's step, and no hook of Lightning's follows on them.
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.clipped.append(self._flat(pl_module)))
 
 
 def stored(groups: list[PromptGroup], folder: Path) -> GroupBatches:

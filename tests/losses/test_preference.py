@@ -25,7 +25,6 @@ PAIR = PairLogps(
     torch.tensor([6, 3, 2]),
 )
 REQUIRED: dict[str, dict[str, Any]] = {
-    "kto": {"baseline": 0.5},
     "inpo": {"previous_chosen": torch.zeros(3), "previous_rejected": torch.zeros(3), "eta": 0.5, "tau": 0.2},
 }
 # Another legal value of each option.
@@ -118,8 +117,6 @@ def test_unknown_divergence_names_the_known_ones() -> None:
 
 
 def test_missing_required_options_raise() -> None:
-    with pytest.raises(ValueError, match="Loss 'kto' needs `baseline`, which has no default"):
-        preference_loss("kto", PAIR)
     with pytest.raises(ValueError, match="'inpo' needs `previous_chosen`, `previous_rejected`, `eta`, `tau`, which have no"):
         preference_loss("inpo", PAIR)
 

@@ -96,6 +96,27 @@ def test_every_loss_of_the_registry_gives_a_finite_gradient(
     assert any(g is not None and g.abs().sum() > 0 for g in gradients)
 
 
+@pytest.mark.parametrize("loss", ALL_LOSSES)
+def test_the_default_dtype_that_half_precision_sets_rounds_no_loss(
+    tiny_model: TinyModel, random_groups: RandomGroups, loss: str
+) -> None:
+    """Lightning's `bf16-true` makes bfloat16 the default of every new tensor while a step runs."""
+    batch = GroupBatch.from_groups(random_groups())
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        module = moved(configured(tiny_model(), loss=loss))
+        torch.set_default_dtype(dtype)
+        try:
+            found.append(module.terms(batch))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found[1].losses.dtype == torch.float32
+    assert torch.equal(found[0].losses, found[1].losses)
+    for first, second in zip(found[0].measured, found[1].measured, strict=True):
+        assert torch.equal(first.weights, second.weights)
+        assert all(torch.equal(first.values[key], second.values[key]) for key in first.values)
+
+
 def test_ranked_responses_make_all_pairs_and_share_the_weight_of_their_prompt(
     tiny_model: TinyModel, random_groups: RandomGroups
 ) -> None:
@@ -137,14 +158,15 @@ def test_bco_compares_with_the_mean_of_all_rewards_it_has_trained_on(tiny_model:
     rewards = 0.5 * (sums(module.policy, groups) - sums(tiny_model(), groups)).flatten()
     first = module.terms(GroupBatch.from_groups(groups[:2]))
     module.terms(GroupBatch.from_groups(groups[2:]))
-    assert module.bco_mean.item() == pytest.approx(rewards.mean().item(), rel=1e-4)
+    assert module.bco_threshold is not None
+    assert module.bco_threshold.mean.item() == pytest.approx(rewards.mean().item(), rel=1e-4)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
     expected = torch.nn.functional.softplus(-signs * (rewards[:4] - rewards[:4].mean()))
     assert torch.allclose(first.losses, expected, atol=1e-5)
     module.eval()
-    before = module.bco_mean.clone()
+    before = module.bco_threshold.mean.clone()
     module.terms(GroupBatch.from_groups(groups[:2]))
-    assert torch.equal(module.bco_mean, before)
+    assert torch.equal(module.bco_threshold.mean, before)
 
 
 @pytest.mark.parametrize("loss", ["npo", "simnpo"])

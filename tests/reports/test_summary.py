@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_pref.reports.summary import FirstLast, RunRecord, print_summary, write_summary
+from lightning_pref.callbacks.gold_reward import Sample
+from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
 
 
 def test_a_record_keeps_the_first_and_the_last_value_of_every_metric() -> None:
@@ -57,3 +58,15 @@ def test_the_closing_table_shows_first_last_and_change_of_the_headline_that_was_
     assert "runs/dpo/x/export" in text
     assert "never_logged" not in text
     assert "loss" not in text
+
+
+def test_the_shown_answers_are_those_whose_reward_changed_by_the_median_amount() -> None:
+    first = [Sample(f"prompt {i}", f"before {i}", 0.0) for i in range(3)]
+    last = [Sample(f"prompt {i}", f"after {i} [x]", reward) for i, reward in enumerate([1.0, 0.5, -1.0])]
+    out = io.StringIO()
+    print_samples(first, last, console=Console(file=out, width=100))
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["prompt", "prompt", "1"],
+        ["answer", "before", "(0.00)", "before", "1"],
+        ["answer", "after", "(0.50)", "after", "1", "[x]"],
+    ]

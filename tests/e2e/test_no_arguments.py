@@ -1,0 +1,107 @@
+"""The embedded run with nothing said: what a newcomer does first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_pref.cli import RunResult
+from lightning_pref.recipes import dpo
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dpo_without_arguments_raises_the_margin_and_the_gold_reward(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_pref.recipes.dpo"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+    assert {entry.name for entry in tmp_path.iterdir()} == {"cache", "runs"}
+    (folder,) = (tmp_path / "runs" / "dpo").iterdir()
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["gold_reward"]["last"] - metrics["gold_reward"]["first"] >= 0.05
+    assert metrics["rewards/margins"]["last"] - metrics["rewards/margins"]["first"] >= 0.5
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert {"gold_reward", "rewards/margins", "val/rewards/margins"} <= set(events.Tags()["scalars"])
+    prompt = AutoTokenizer.from_pretrained(folder / "export")("Hello", return_tensors="pt")
+    assert AutoModelForCausalLM.from_pretrained(folder / "export")(prompt["input_ids"]).logits.isfinite().all()
+
+    last_table = run.stdout[run.stdout.rindex("dpo: ") :]
+    for shown in (
+        "gold_reward",
+        "rewards/margins",
+        f"runs/dpo/{folder.name}/export",
+        f"tensorboard --logdir runs/dpo/{folder.name}",
+    ):
+        assert shown in last_table
+    assert "Traceback" not in run.stderr
+    assert "Warning" not in run.stderr
+
+
+SMALL = [
+    "--data.cache_dir=cache",
+    "--data.playground.num_rows=64",
+    "--data.playground.num_val_rows=16",
+    "--data.batch_size=8",
+    "--trainer.max_steps=4",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.val_check_interval=4",
+    "--model.optimizer.warmup=1",
+]
+
+
+def summary_of(run: RunResult) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run.folder / "summary.json").read_text())
+    return summary
+
+
+@pytest.fixture(scope="module")
+def folder_with_a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps of DPO after the whole first stage, in `runs/dpo/start`."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        dpo.main(["--run.name=start", *SMALL])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_same_seed_gives_the_same_metrics_and_weights(folder_with_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder_with_a_run)
+    model = "--model.model=runs/sft/for-dpo-start/export"
+    first, second = (summary_of(dpo.main([f"--run.name={name}", *SMALL, model])) for name in ("first", "second"))
+    for summary in (first, second):
+        summary["metrics"] = {key: value for key, value in summary["metrics"].items() if not key.startswith("throughput/")}
+    assert first["metrics"] == second["metrics"]
+    assert first["digests"] == second["digests"]
+    assert "gold_reward" in first["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_resumed_run_does_not_repeat_its_first_stage(folder_with_a_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder_with_a_run)
+    stage = Path("runs/sft/for-dpo-start/summary.json")
+    written = stage.stat().st_mtime_ns
+    resumed = dpo.main(["--run.name=start", *SMALL, "--run.resume=runs/dpo/start/checkpoints/last.ckpt"])
+    assert summary_of(resumed)["steps"] == 4
+    assert stage.stat().st_mtime_ns == written

@@ -1,0 +1,293 @@
+"""An option that changes nothing is a bug: every option of every constructor names the check that shows its effect."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lightning_pref.data.datamodule import PreferenceData
+from lightning_pref.data.groups import GroupBatch, PromptGroup
+from lightning_pref.data.playground_source import PlaygroundSettings
+from lightning_pref.models.adapters import LoraSettings
+from lightning_pref.models.reference import AdapterOff, EmaSettings
+from lightning_pref.modules import DPOModule, SFTModule, policy
+from lightning_pref.modules.optimisation import OptimizerSettings
+from lightning_pref.modules.policy import Loading, PolicyModule
+
+TESTS = Path(__file__).parent.parent
+
+TinyModel = Callable[..., LlamaForCausalLM]
+RandomGroups = Callable[..., list[PromptGroup]]
+
+
+class Bench:
+    """What a check may use."""
+
+    def __init__(self, tiny_model: TinyModel, random_groups: RandomGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tiny_model = tiny_model
+        self.groups = random_groups()
+        self.batch = GroupBatch.from_groups(self.groups)
+        self.monkeypatch = monkeypatch
+
+    def configured(self, kind: type[Any], **options: Any) -> Any:
+        module = kind(self.tiny_model(), **options)
+        module.configure_model()
+        return module
+
+
+Check = Callable[[Bench], None]
+
+
+def changes_losses(kind: type[PolicyModule], **options: Any) -> Check:
+    """The losses of a policy that has left its reference are others."""
+
+    def check(bench: Bench) -> None:
+        losses = []
+        for given in ({}, options):
+            module = bench.configured(kind, **given)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                module.policy.lm_head.weight.add_(torch.randn(64, 32, generator=generator), alpha=0.1)
+            losses.append(module.terms(bench.batch).losses)
+        assert losses[0].shape != losses[1].shape or not torch.allclose(*losses, rtol=1e-3)
+
+    return check
+
+
+def lays_out(kind: type[PolicyModule]) -> Check:
+    """The policy runs in the layout that was asked for, and so does a reference."""
+
+    def check(bench: Bench) -> None:
+        for layout in ("padded", "packed", "shared"):
+            module = bench.configured(kind, layout=layout)
+            assert module.policy_logps(bench.batch).layout == layout
+            assert not isinstance(module, DPOModule) or module.reference.score.keywords == {"layout": layout}  # type: ignore[union-attr]
+
+    return check
+
+
+def adapts(kind: type[PolicyModule]) -> Check:
+    """Only an adapter is trained, and the base under it is the reference."""
+
+    def check(bench: Bench) -> None:
+        module = bench.configured(kind, lora=LoraSettings(r=2))
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert all("lora_" in name for name in trained)
+        assert not isinstance(module, DPOModule) or isinstance(module.reference, AdapterOff)
+
+    return check
+
+
+def optimises(kind: type[PolicyModule]) -> Check:
+    def check(bench: Bench) -> None:
+        module = bench.configured(kind, optimizer=OptimizerSettings(learning_rate=0.123, schedule="constant", warmup=0))
+
+        class Ends:
+            estimated_stepping_batches = 3
+
+        bench.monkeypatch.setattr(kind, "trainer", Ends())
+        assert module.configure_optimizers()["optimizer"].param_groups[0]["lr"] == 0.123
+
+    return check
+
+
+def loads(kind: type[PolicyModule], **options: Any) -> Check:
+    """What `Loading` says reaches `load_model`, for the policy and for another reference."""
+
+    def check(bench: Bench) -> None:
+        calls: list[dict[str, Any]] = []
+
+        def load_model(name: str, **given: Any) -> LlamaForCausalLM:
+            calls.append(given)
+            return bench.tiny_model()
+
+        bench.monkeypatch.setattr(policy, "load_model", load_model)
+        other = {"reference_model": "other"} if kind is DPOModule else {}
+        kind("mine", loading=Loading(**options), **other).configure_model()  # type: ignore[call-arg]
+        assert len(calls) == 1 + len(other)
+        assert all(options.items() <= given.items() for given in calls)
+
+    return check
+
+
+def recomputes(kind: type[PolicyModule]) -> Check:
+    def check(bench: Bench) -> None:
+        for wanted in (True, False):
+            module = bench.configured(kind, gradient_checkpointing=wanted)
+            losses = module.terms(bench.batch).losses
+            runs: list[int] = []
+            module.policy.model.layers[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            losses.sum().backward()
+            assert len(runs) == wanted
+
+    return check
+
+
+def logs_entropy(kind: type[PolicyModule]) -> Check:
+    def check(bench: Bench) -> None:
+        for wanted in (True, False):
+            module = bench.configured(kind, log_entropy=wanted)
+            module._measured_terms(bench.batch, module.train_means)
+            means = module.train_means.compute()
+            assert ("entropy" in means) == wanted
+            assert not wanted or means["entropy"] > 0
+
+    return check
+
+
+def changes_updates(**options: Any) -> Check:
+    """Three updates of one weight end elsewhere."""
+
+    def check(bench: Bench) -> None:
+        ends = []
+        for given in ({}, options):
+            layer = torch.nn.Linear(2, 1)
+            torch.nn.init.ones_(layer.weight)
+            optimizer, schedule = OptimizerSettings(**{"learning_rate": 0.1, **given}).build(layer.parameters(), 10)
+            for size in (1.0, 2.0, -0.5):
+                optimizer.zero_grad()
+                (layer.weight.sum() * size).backward()
+                optimizer.step()
+                schedule.step()
+            ends.append(layer.weight.detach())
+        assert not torch.allclose(*ends, rtol=1e-4)
+
+    return check
+
+
+SETTINGS_OF_A_POLICY: dict[str, Callable[[type[PolicyModule]], Check]] = {
+    "layout": lays_out,
+    "lora": adapts,
+    "optimizer": optimises,
+    "loading": lambda kind: loads(kind, dtype="bfloat16"),
+    "gradient_checkpointing": recomputes,
+    "log_entropy": logs_entropy,
+}
+
+DATA = "data/test_datamodule.py::"
+DPO = "modules/test_dpo.py::"
+CACHE = "modules/test_reference_pass.py::"
+
+# By option: a check, or the test elsewhere that shows the effect.
+CHECKS: dict[type[Any], dict[str, Check | str]] = {
+    DPOModule: {
+        "model": "modules/test_policy.py::test_a_model_given_as_an_object_is_saved_once_as_one_given_by_folder_is",
+        "loss": DPO + "test_every_pairwise_loss_of_a_batch_is_that_of_its_rows_one_by_one",
+        "beta": changes_losses(DPOModule, beta=0.5),
+        "loss_options": changes_losses(DPOModule, loss_options={"f_divergence": "forward_kl"}),
+        "reference": CACHE + "test_a_cache_gives_the_losses_of_a_frozen_copy",
+        "reference_model": CACHE + "test_another_model_can_be_cached",
+        "ema": DPO + "test_the_reference_follows_the_policy_where_ema_is_asked_for",
+        "reference_cache": CACHE + "test_R5_a_stale_cache_in_a_folder_of_ones_own_raises_and_names_the_part",
+        "pairs": DPO + "test_ranked_responses_make_all_pairs_and_share_the_weight_of_their_prompt",
+        "tail_weight": DPO + "test_F2_tail_weight_zero_cuts_both_sides_to_the_shorter_length_in_policy_and_reference",
+        "weigh_by_policy": DPO + "test_weighing_by_the_policy_multiplies_the_loss_by_both_responses_weights",
+        "retain_weight": DPO + "test_forgetting_acts_on_bad_responses_and_keeps_good_ones_by_their_likelihood",
+        **{name: check(DPOModule) for name, check in SETTINGS_OF_A_POLICY.items()},
+    },
+    SFTModule: {
+        "model": "modules/test_policy.py::test_loading_settings_reach_the_model",
+        "normalize": changes_losses(SFTModule, normalize="sequence"),
+        **{name: check(SFTModule) for name, check in SETTINGS_OF_A_POLICY.items()},
+    },
+    OptimizerSettings: {
+        "learning_rate": changes_updates(learning_rate=0.2),
+        "weight_decay": changes_updates(weight_decay=0.5),
+        "betas": changes_updates(betas=(0.5, 0.9)),
+        "eps": changes_updates(eps=1.0),
+        "schedule": changes_updates(schedule="constant"),
+        "warmup": changes_updates(warmup=3),
+        "floor": changes_updates(floor=0.9),
+    },
+    Loading: {
+        "dtype": "modules/test_policy.py::test_loading_settings_reach_the_model",
+        "attn_implementation": "modules/test_policy.py::test_loading_settings_reach_the_model",
+        "revision": loads(DPOModule, revision="v2"),
+        "trust_remote_code": loads(DPOModule, trust_remote_code=True),
+        "seed": "modules/test_policy.py::test_the_seed_of_loading_is_that_of_a_presets_weights",
+    },
+    LoraSettings: dict.fromkeys(
+        ("r", "alpha", "dropout", "target_modules", "modules_to_save", "rslora"),
+        "models/test_adapters.py::test_every_lora_setting_has_its_effect",
+    ),
+    EmaSettings: dict.fromkeys(
+        ("mixing", "every_n_updates"), "models/test_reference.py::test_an_ema_reference_follows_every_k_updates"
+    ),
+    PreferenceData: {
+        "train": DATA + "test_several_sources_make_one_data_set",
+        "val": DATA + "test_validation_data_of_its_own_is_used_whole",
+        "val_size": DATA + "test_a_share_is_held_out_unless_said_otherwise",
+        "split": DATA + "test_a_split_of_the_training_folder_can_be_the_validation",
+        "val_split": DATA + "test_a_split_of_the_training_folder_can_be_the_validation",
+        "revision": DATA + "test_a_revision_is_refused_for_files",
+        "columns": DATA + "test_columns_and_limit_rows_choose_what_is_read",
+        "limit_rows": DATA + "test_columns_and_limit_rows_choose_what_is_read",
+        "on_bad_row": DATA + "test_bad_rows_are_skipped_where_that_is_asked",
+        "tokenizer": DATA + "test_the_tokenizer_may_be_a_folder",
+        "chat_template": DATA + "test_a_chat_template_of_ones_own_is_used",
+        "template_date": DATA + "test_a_template_that_prints_the_date_is_told_the_day",
+        "step_separator": DATA + "test_the_step_separator_stands_after_each_step",
+        "max_length": DATA + "test_settings_of_the_tokenisation_reach_the_tokens",
+        "max_prompt_length": DATA + "test_settings_of_the_tokenisation_reach_the_tokens",
+        "truncation": DATA + "test_settings_of_the_tokenisation_reach_the_tokens",
+        "max_tokens_per_batch": DATA + "test_both_bounds_hold_at_once",
+        "batch_size": DATA + "test_both_bounds_hold_at_once",
+        "seed": DATA + "test_the_seed_changes_the_order_and_nothing_else",
+        "num_workers": DATA + "test_workers_change_nothing",
+        "cache_dir": DATA + "test_the_cache_lies_in_the_users_cache_folder_unless_said",
+        "playground": DATA + "test_a_trainer_sees_every_row_of_the_playground_once_an_epoch",
+    },
+    PlaygroundSettings: {
+        **dict.fromkeys(
+            ("num_rows", "seed", "noise", "long_prompts", "conversational", "flaw"),
+            "data/test_playground_source.py::test_every_playground_setting_changes_the_data",
+        ),
+        "num_val_rows": "data/test_playground_source.py::test_no_validation_rows_of_the_playground_means_no_validation",
+        "num_responses": "data/test_playground_source.py::test_responses_of_ranked_playground_rows_can_be_counted_out",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_every_option_has_a_check_of_its_effect(kind: type[Any]) -> None:
+    options = set(inspect.signature(kind).parameters)
+    assert options - set(CHECKS[kind]) == set(), "options without a check"
+    assert set(CHECKS[kind]) - options == set(), "checks of options that are gone"
+
+
+@cache
+def _tests_in(file: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    "place", sorted({check for checks in CHECKS.values() for check in checks.values() if isinstance(check, str)})
+)
+def test_a_test_that_is_named_as_a_check_exists(place: str) -> None:
+    file, _, name = place.partition("::")
+    assert name in _tests_in(TESTS / file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(kind, option) for kind, checks in CHECKS.items() for option, check in checks.items() if not isinstance(check, str)],
+)
+def test_an_option_has_its_effect(
+    kind: type[Any],
+    option: str,
+    tiny_model: TinyModel,
+    random_groups: RandomGroups,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = CHECKS[kind][option]
+    assert not isinstance(check, str)
+    check(Bench(tiny_model, random_groups, monkeypatch))
