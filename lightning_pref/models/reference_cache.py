@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,6 +185,12 @@ class CachedReference(nn.Module):
         """Change the mode, which also brings other batches."""
         self._checked = False
         return super().train(mode)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CachedReference:
+        """Go along to another device, not to another dtype: `bf16-true` would round a sum of -150 nats by half a nat."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @override
     def get_extra_state(self) -> dict[str, str]:

@@ -55,9 +55,21 @@ class SFTModule(PolicyModule):
 
     @override
     def terms(self, batch: GroupBatch) -> StepTerms:
+        _check_demonstrations(batch)
         out = self.policy_logps(batch)
         weights = batch.weights[batch.group_of_response]
         measured = [Measured({"logps/response": out.logps}, weights), *self.entropy_of(out, batch)]
         if self.normalize == "token":
             return StepTerms(-out.token_logps, weights[out.response], "response_tokens", measured)
         return StepTerms(-out.logps / out.lengths, weights, "responses", measured)
+
+
+def _check_demonstrations(batch: GroupBatch) -> None:
+    """Refuse rows that say that some response is bad: its likelihood would be raised like that of a good one."""
+    ranked = [g for g, ranks in enumerate(batch.ranks) if ranks is not None and max(ranks) > 0]
+    if ranked or batch.labels is not None:
+        raise ValueError(
+            f"Row {int(batch.row_ids[ranked[0] if ranked else 0])} has {'ranked responses' if ranked else 'a label'}, but "
+            "supervised fine-tuning raises the likelihood of every response, bad ones too. Give demonstrations (`prompt` and "
+            "`completion`, `messages`, or `text`) with the good responses only, or train on preferences with the `dpo` recipe."
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from rich.console import Console
+from rich.progress import BarColumn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from typing_extensions import override
 
@@ -46,7 +47,8 @@ IDLE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"Checkpoint directory .* exists and is not empty", UserWarning),
 )
 
-# What the bar shows, with formats that keep it on one line of a wide terminal.
+# Narrow, so that the numbers beside it fit on the line.
+BAR_WIDTH = 16
 BAR_METRICS = {
     "throughput/tokens_per_second": ("tokens/s", ".0f"),
     "throughput/rows_per_second": ("rows/s", ".0f"),
@@ -84,6 +86,15 @@ def readable_terminal() -> Iterator[None]:
 
 class RunProgressBar(RichProgressBar):
     """Lightning's bar with the few numbers that tell how a run goes, under short names."""
+
+    @override
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        # Any: Lightning's own type; rich may not be there when it is imported
+        columns = super().configure_columns(trainer)
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = BAR_WIDTH
+        return columns
 
     @override
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def print_summary(
         if key in metrics:
             first, last = metrics[key]
             table.add_row(key, f"{first:.4g}", f"{last:.4g}", f"{last - first:+.4g}")
-    console.print(table)
+    console.print(table if table.row_count else f"{title}, nothing new was measured")
     width = max(len(name) for name in places)
     for name, place in places.items():
         console.print(f"  {name.ljust(width)}  {place}", highlight=False, soft_wrap=True)
@@ -132,6 +132,8 @@ def print_summary(
 
 def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: Console | None = None) -> None:
     """Print what the policy answered one prompt before and after, with the rewards: the one of median change."""
+    if not first:  # a finished run that was resumed measures nothing
+        return
     console = console or Console()
     pairs = sorted(zip(first, last, strict=True), key=lambda pair: pair[1].reward - pair[0].reward)
     before, after = pairs[len(pairs) // 2]

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,8 +75,8 @@ def build(kind: str, folder: Path, optimizer: OptimizerSettings) -> PolicyModule
     return DPOModule(policy, loss=kind, beta=0.5, reference_model=reference, optimizer=optimizer)
 
 
-def loader(folder: Path, rank: int, ranks: int, *, batch_size: int, accumulate: int, shuffle: bool) -> DataLoader[Any]:
-    batches = GroupBatches(GroupStore(folder / "store"))
+def loader(store: Path, rank: int, ranks: int, *, batch_size: int, accumulate: int, shuffle: bool) -> DataLoader[Any]:
+    batches = GroupBatches(GroupStore(store))
     sampler = GroupBatchSampler(
         batches, num_replicas=ranks, rank=rank, batch_size=batch_size, accumulate=accumulate, shuffle=shuffle
     )
@@ -109,8 +110,9 @@ def still_run(kind: str, accumulate: int, folder: Path, rank: int, ranks: int) -
     if isinstance(module, DPOModule) and kind == "kto":
         measure = module._kto_baseline
         module._kto_baseline = lambda batch: baselines.append(measure(batch)) or baselines[-1]  # type: ignore[assignment,func-returns-value,method-assign]
+    store = folder / ("demonstrations" if kind.startswith("sft") else "pairs")
     data = [
-        loader(folder, rank, ranks, batch_size=4, accumulate=accumulate if shuffle else 1, shuffle=shuffle)
+        loader(store, rank, ranks, batch_size=4, accumulate=accumulate if shuffle else 1, shuffle=shuffle)
         for shuffle in (True, False)
     ]
     fit = trainer(folder, ranks, [witness], record, max_epochs=1, accumulate_grad_batches=accumulate)
@@ -130,7 +132,7 @@ def moving_run(folder: Path, rank: int, ranks: int) -> Result:
     gold = GoldReward(["a", "bc", "def"], answer_by_weight, lambda prompt, response: float(len(prompt)), every_n_updates=2)
     record = RunRecord()
     module = build("sigmoid", folder, MOVING)
-    data = loader(folder, rank, ranks, batch_size=8 // ranks, accumulate=1, shuffle=False)
+    data = loader(folder / "pairs", rank, ranks, batch_size=8 // ranks, accumulate=1, shuffle=False)
     fit = trainer(folder, ranks, [gold, Throughput()], record, max_steps=3, limit_train_batches=1, max_epochs=3)
     fit.fit(module, data)
     return {
@@ -206,9 +208,10 @@ def ragged_pairs() -> list[PromptGroup]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("ranks")
     groups = ragged_pairs()
-    with GroupStoreWriter(folder / "store", vocab_size=64) as writer:
-        for group in groups:
-            writer.append(group)
+    for name, ranks in (("pairs", (0, 1)), ("demonstrations", None)):
+        with GroupStoreWriter(folder / name, vocab_size=64) as writer:
+            for group in groups:
+                writer.append(replace(group, ranks=ranks))
     vocabulary = max(playground_tokenizer().get_vocab().values()) + 1
     for seed, (name, size) in enumerate({"policy": 64, "reference": 64, "speaker": vocabulary}.items()):
         small_model(seed, size).save_pretrained(folder / name)
@@ -239,12 +242,14 @@ def test_N5_the_ranks_see_every_row_once_between_them(runs: Runs, name: str) -> 
 
 @pytest.mark.parametrize("name", ["sft-token x1", "sft-token x2", "sft-sequence x1", "sigmoid x1", "sigmoid x2"])
 def test_N2_the_gradient_of_every_update_is_that_of_one_process_on_all_its_rows(runs: Runs, name: str) -> None:
-    module = build(name.split(maxsplit=1)[0], runs.folder, STILL)
+    kind = name.split(maxsplit=1)[0]
+    module = build(kind, runs.folder, STILL)
     module.configure_model()
+    groups = [replace(group, ranks=None if kind.startswith("sft") else group.ranks) for group in runs.groups]
     found = updates(runs, name)
     assert len(found) == (1 if name.endswith("x2") else 2)
     for number, rows in enumerate(found):
-        expected = exact_gradient(module, [runs.groups[row] for row in rows])
+        expected = exact_gradient(module, [groups[row] for row in rows])
         for rank in range(RANKS):
             seen = runs.ranks[rank][name]["gradients"][number]
             assert torch.allclose(seen, expected, rtol=1e-4, atol=1e-6)

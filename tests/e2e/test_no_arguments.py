@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lightning_pref
 from lightning_pref.cli import RunResult
 from lightning_pref.recipes import dpo
 
@@ -20,7 +21,13 @@ from lightning_pref.recipes import dpo
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_dpo_without_arguments_raises_the_margin_and_the_gold_reward(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    root = Path(lightning_pref.__file__).parents[1]
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
     environment.pop("LIGHTNING_PREF_RUN_NAME", None)
     run = subprocess.run(
         [sys.executable, "-m", "lightning_pref.recipes.dpo"],

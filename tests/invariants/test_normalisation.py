@@ -108,7 +108,7 @@ def build(kind: str, model: LlamaForCausalLM) -> PolicyModule:
 def test_N1_one_update_is_the_mean_over_all_rows_however_it_is_accumulated(
     tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path, kind: str, batch_size: int, accumulate: int
 ) -> None:
-    groups = random_groups(8)
+    groups = random_groups(8, ranked=kind == "dpo")
     expected = oracle(build(kind, tiny_model()), groups)
     batches = stored(groups, tmp_path / "store")
     gradients, _ = run(build(kind, tiny_model()), batches, batch_size=batch_size, accumulate=accumulate)
@@ -120,7 +120,7 @@ def test_N1_one_update_is_the_mean_over_all_rows_however_it_is_accumulated(
 def test_N1_the_last_partial_window_is_divided_by_its_own_rows(
     tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path, kind: str
 ) -> None:
-    groups = random_groups(5)
+    groups = random_groups(5, ranked=kind == "dpo")
     batches = stored(groups, tmp_path / "store")
     gradients, _ = run(build(kind, tiny_model()), batches, batch_size=1, accumulate=4)
     order = [int(row) for row in _order(batches, batch_size=1)]

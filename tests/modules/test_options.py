@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from lightning_pref.data.datamodule import PreferenceData
@@ -34,8 +36,13 @@ class Bench:
     def __init__(self, tiny_model: TinyModel, random_groups: RandomGroups, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tiny_model = tiny_model
         self.groups = random_groups()
-        self.batch = GroupBatch.from_groups(self.groups)
+        # Pairs, and demonstrations of the same texts.
+        self.pairs = GroupBatch.from_groups(self.groups)
+        self.demonstrations = GroupBatch.from_groups(random_groups(ranked=False))
         self.monkeypatch = monkeypatch
+
+    def batch(self, kind: type[Any]) -> GroupBatch:
+        return self.demonstrations if kind is SFTModule else self.pairs
 
     def configured(self, kind: type[Any], **options: Any) -> Any:
         module = kind(self.tiny_model(), **options)
@@ -56,7 +63,7 @@ def changes_losses(kind: type[PolicyModule], **options: Any) -> Check:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 module.policy.lm_head.weight.add_(torch.randn(64, 32, generator=generator), alpha=0.1)
-            losses.append(module.terms(bench.batch).losses)
+            losses.append(module.terms(bench.batch(kind)).losses)
         assert losses[0].shape != losses[1].shape or not torch.allclose(*losses, rtol=1e-3)
 
     return check
@@ -68,7 +75,7 @@ def lays_out(kind: type[PolicyModule]) -> Check:
     def check(bench: Bench) -> None:
         for layout in ("padded", "packed", "shared"):
             module = bench.configured(kind, layout=layout)
-            assert module.policy_logps(bench.batch).layout == layout
+            assert module.policy_logps(bench.batch(kind)).layout == layout
             assert not isinstance(module, DPOModule) or module.reference.score.keywords == {"layout": layout}  # type: ignore[union-attr]
 
     return check
@@ -89,13 +96,18 @@ def adapts(kind: type[PolicyModule]) -> Check:
 
 def optimises(kind: type[PolicyModule]) -> Check:
     def check(bench: Bench) -> None:
-        module = bench.configured(kind, optimizer=OptimizerSettings(learning_rate=0.123, schedule="constant", warmup=0))
-
-        class Ends:
-            estimated_stepping_batches = 3
-
-        bench.monkeypatch.setattr(kind, "trainer", Ends())
-        assert module.configure_optimizers()["optimizer"].param_groups[0]["lr"] == 0.123
+        settings = OptimizerSettings(learning_rate=0.123, schedule="constant", warmup=0)
+        trainer = L.Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        loader: DataLoader[Any] = DataLoader([bench.batch(kind)], batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(kind(bench.tiny_model(), optimizer=settings), loader)  # type: ignore[call-arg]
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.123
 
     return check
 
@@ -123,9 +135,9 @@ def recomputes(kind: type[PolicyModule]) -> Check:
     def check(bench: Bench) -> None:
         for wanted in (True, False):
             module = bench.configured(kind, gradient_checkpointing=wanted)
-            losses = module.terms(bench.batch).losses
+            losses = module.terms(bench.batch(kind)).losses
             runs: list[int] = []
-            module.policy.model.layers[0].mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+            module.policy.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
             losses.sum().backward()
             assert len(runs) == wanted
 
@@ -136,7 +148,7 @@ def logs_entropy(kind: type[PolicyModule]) -> Check:
     def check(bench: Bench) -> None:
         for wanted in (True, False):
             module = bench.configured(kind, log_entropy=wanted)
-            module._measured_terms(bench.batch, module.train_means)
+            module._measured_terms(bench.batch(kind), module.train_means)
             means = module.train_means.compute()
             assert ("entropy" in means) == wanted
             assert not wanted or means["entropy"] > 0

@@ -165,7 +165,7 @@ def test_a_model_that_comes_in_eval_mode_is_trained_in_training_mode(
     data = loader(random_groups(), tmp_path / "store", batch_size=4)
     trainer(tmp_path).fit(module, data, data)
     assert all(part.training for part in module.policy.modules())
-    assert not any(part.training for part in module.reference.modules())  # type: ignore[union-attr]
+    assert not any(part.training for part in module.reference.model.modules())  # type: ignore[union-attr]
 
 
 def test_loading_settings_reach_the_model(tmp_path: Path, tiny_model: TinyModel) -> None:

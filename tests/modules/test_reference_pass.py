@@ -181,3 +181,10 @@ def test_a_cache_needs_preference_data(
     found = "LightningDataModule" if wrapped else "NoneType"
     with pytest.raises(TypeError, match=f"made from the data set of a PreferenceData, but the trainer has .*{found}.*'copy'"):
         fit(Losses(tiny_model(), reference="cache"), data, tmp_path)
+
+
+def test_low_precision_weights_leave_the_cached_numbers_as_they_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    module = Losses(policy(tiny_model), reference="cache", optimizer=STEADY)
+    fit(module, preference_data(tmp_path), tmp_path, precision="bf16-true")
+    assert isinstance(module.reference, CachedReference)
+    assert module.reference.table_logps.dtype == torch.float32

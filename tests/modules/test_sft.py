@@ -178,3 +178,12 @@ def test_the_export_gives_the_log_probabilities_of_the_module(
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "export")
     expected = torch.cat(by_row(loaded, groups))
     assert torch.allclose(-module.terms(GroupBatch.from_groups(groups)).losses, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("change", "finding"), [({"ranks": (0, 1)}, "ranked responses"), ({"labels": (True, False)}, "a label")])
+def test_rows_with_bad_responses_are_refused(
+    tiny_model: TinyModel, random_groups: RandomGroups, change: dict[str, Any], finding: str
+) -> None:
+    groups = [replace(group, **change) for group in random_groups(2, 2, ranked=False)]
+    with pytest.raises(ValueError, match=f"Row 0 has {finding}, but supervised fine-tuning raises .* `dpo` recipe"):
+        configured(tiny_model()).terms(GroupBatch.from_groups(groups))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,8 +123,3 @@ def another_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_model(seed=1).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def row_writer() -> Callable[[Path, Sequence[Row]], Path]:
-    return write_rows

@@ -12,9 +12,10 @@ import pytest
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from rich.console import Console
+from rich.progress import BarColumn
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from lightning_pref.reports.console import LIGHTNING_LOG, RunProgressBar, StartLine, readable_terminal
+from lightning_pref.reports.console import BAR_WIDTH, LIGHTNING_LOG, RunProgressBar, StartLine, readable_terminal
 
 
 def test_idle_talk_is_kept_back_inside_and_only_there(caplog: pytest.LogCaptureFixture) -> None:
@@ -64,6 +65,11 @@ def test_the_bar_shows_speed_loss_and_margin_under_short_names() -> None:
     }
     trainer: Any = SimpleNamespace(logged_metrics=logged)
     assert RunProgressBar().get_metrics(trainer, L.LightningModule()) == {"rows/s": "153", "loss": "0.250", "margin": "0.512"}
+
+
+def test_the_bar_leaves_room_for_its_numbers() -> None:
+    columns = RunProgressBar().configure_columns(L.Trainer(logger=False, accelerator="cpu"))
+    assert [column.bar_width for column in columns if isinstance(column, BarColumn)] == [BAR_WIDTH]
 
 
 class Linear(L.LightningModule):

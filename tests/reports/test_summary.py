@@ -70,3 +70,11 @@ def test_the_shown_answers_are_those_whose_reward_changed_by_the_median_amount()
         ["answer", "before", "(0.00)", "before", "1"],
         ["answer", "after", "(0.50)", "after", "1", "[x]"],
     ]
+
+
+def test_a_resumed_run_with_nothing_left_to_do_says_so_instead_of_an_empty_table() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    print_samples([], [], console=console)
+    print_summary(title="dpo: 4 updates", metrics={}, headline=["loss"], places={"config": "c.yaml"}, console=console)
+    assert out.getvalue() == "dpo: 4 updates, nothing new was measured\n  config  c.yaml\n"
