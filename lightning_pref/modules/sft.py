@@ -16,7 +16,7 @@ from lightning_pref.modules.policy import Loading, PolicyModule
 
 
 class SFTModule(PolicyModule):
-    """Maximises the likelihood of every response; the prompt is never scored.
+    """Maximises the likelihood of every response; the prompt is never scored, and rows with bad responses are refused.
 
     Args:
         model: Folder or hub name of a causal language model, `playground:tiny`, `playground:small`, or a model object.

@@ -5,48 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_rows import CHAT, NO_EOS_TEMPLATE, PLAIN_TEMPLATE, THINKING_TEMPLATE, answer, row_of, said, texts
 
-from lightning_pref.data.formats import parse_row
-from lightning_pref.data.groups import PromptGroup
-from lightning_pref.data.rows import Place, Row, RowError
+from lightning_pref.data.rows import RowError
 from lightning_pref.data.templates import Tokenization
 
 # Any: see the fixture.
 Build = Callable[..., Any]
-PLACE = Place("pairs.jsonl", 17)
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# Opens the answer with a line for thoughts, which finished conversations do not have.
-THINKING_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-)
-NO_EOS_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
 DATE_TEMPLATE = "Today is {{ strftime_now('%d %b %Y') }}.<|end|>" + PLAIN_TEMPLATE
-
-
-def row_of(**columns: object) -> Row:
-    return parse_row(columns, PLACE)
-
-
-def said(*turns: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-def answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
-def texts(tokenizer: Any, group: PromptGroup) -> tuple[str, list[str]]:  # Any: a tokenizer
-    return tokenizer.decode(group.prompt), [tokenizer.decode(response) for response in group.responses]
-
-
-CHAT = row_of(prompt=said("What color is the sky?"), chosen=answer("blue"), rejected=answer("It is red."))
 
 
 def test_T4_date_in_the_template_is_stopped_and_warned_about(build_tokenizer: Build) -> None:

@@ -5,48 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_rows import CHAT, NEWLINE_TEMPLATE, NO_EOS_TEMPLATE, PLAIN_TEMPLATE, answer, row_of, said, texts
 from transformers import PreTrainedTokenizerFast
 
-from lightning_pref.data.formats import parse_row
-from lightning_pref.data.groups import PromptGroup
-from lightning_pref.data.rows import DroppedRowError, Place, Row, RowError
+from lightning_pref.data.rows import DroppedRowError, RowError
 from lightning_pref.data.templates import EVENTS, Tokenization
 
 # Any: see the fixture.
 Build = Callable[..., Any]
-PLACE = Place("pairs.jsonl", 17)
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-NEWLINE_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-NO_EOS_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def row_of(**columns: object) -> Row:
-    return parse_row(columns, PLACE)
-
-
-def said(*turns: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-def answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
-def texts(tokenizer: Any, group: PromptGroup) -> tuple[str, list[str]]:  # Any: a tokenizer
-    return tokenizer.decode(group.prompt), [tokenizer.decode(response) for response in group.responses]
 
 
 PAIR = row_of(prompt="What color is the sky?", chosen=" The sky is blue.", rejected=" red")
-CHAT = row_of(prompt=said("What color is the sky?"), chosen=answer("blue"), rejected=answer("It is red."))
 
 
 def test_T1_eos_survives_pad_equal_eos(build_tokenizer: Build) -> None:

@@ -3,50 +3,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from chat_rows import NEWLINE_TEMPLATE, NO_EOS_TEMPLATE, PLACE, PLAIN_TEMPLATE, THINKING_TEMPLATE, answer, row_of, said
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_pref.data.formats import parse_row
 from lightning_pref.data.groups import PromptGroup
-from lightning_pref.data.rows import DroppedRowError, Place, Row, RowError
+from lightning_pref.data.rows import DroppedRowError, Row, RowError
 from lightning_pref.data.templates import Tokenization
 
 # Any: see the fixture.
 Build = Callable[..., Any]
-PLACE = Place("pairs.jsonl", 17)
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-NEWLINE_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-# Opens the answer with a line for thoughts, which finished conversations do not have.
-THINKING_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-)
-NO_EOS_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def row_of(**columns: object) -> Row:
-    return parse_row(columns, PLACE)
-
-
-def said(*turns: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-
-
-def answer(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
-
-
-def texts(tokenizer: Any, group: PromptGroup) -> tuple[str, list[str]]:  # Any: a tokenizer
-    return tokenizer.decode(group.prompt), [tokenizer.decode(response) for response in group.responses]
 
 
 def result_or_error(tokenize: Tokenization, row: Row, row_id: int) -> PromptGroup | RowError:
