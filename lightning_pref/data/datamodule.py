@@ -49,6 +49,7 @@ class PreferenceData(L.LightningDataModule):
             hash of the prompt, so that they are the same in every run and no prompt is on both sides. 0.05 if not given.
         split: Split of the training folder or hub data set.
         val_split: Split of the validation folder or hub data set; of the training one where `val` is not given.
+        subset: Configuration of a hub data set that has several.
         revision: Branch, tag or commit of hub data sets.
         columns: Columns by the names they have there, {name here: name there}, such as `{chosen: preferred}`.
         limit_rows: Read only that many training rows.
@@ -78,6 +79,7 @@ class PreferenceData(L.LightningDataModule):
         val_size: float | None = None,
         split: str | None = None,
         val_split: str | None = None,
+        subset: str | None = None,
         revision: str | None = None,
         columns: dict[str, str] | None = None,
         limit_rows: int | None = None,
@@ -102,6 +104,7 @@ class PreferenceData(L.LightningDataModule):
         self.val_size = val_size
         self.split = split
         self.val_split = val_split
+        self.subset = subset
         self.revision = revision
         self.columns = columns
         self.limit_rows = limit_rows
@@ -128,7 +131,7 @@ class PreferenceData(L.LightningDataModule):
         if not self.train_sources:
             raise ValueError("`train` names no data; give a file, a folder, a hub id or `playground`.")
         others = [source for source in sources if not is_playground(source)]
-        for name in ("split", "val_split", "revision", "columns"):
+        for name in ("split", "val_split", "subset", "revision", "columns"):
             if getattr(self, name) is not None and not others:
                 raise ValueError(f"`{name}` is for files, folders and hub data sets, and all data is {sources}; leave it out.")
         if len(others) == len(sources) and self.playground != PlaygroundSettings():
@@ -224,6 +227,7 @@ class PreferenceData(L.LightningDataModule):
             vocab_size=max(self.loaded_tokenizer.get_vocab().values()) + 1,
             cache_dir=self.cache_folder / "tokens",
             split=self.val_split if part == "val" else self.split,
+            subset=self.subset,
             revision=self.revision,
             columns=self.columns,
             limit_rows=self.limit_rows if part == "train" else None,

@@ -44,6 +44,7 @@ def load_groups(
     vocab_size: int,
     cache_dir: str | Path,
     split: str | None = None,
+    subset: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
     limit_rows: int | None = None,
@@ -61,6 +62,7 @@ def load_groups(
         vocab_size: Number of token ids of the tokenizer, with its added tokens.
         cache_dir: Folder of all stores.
         split: Of the sources given by name.
+        subset: Of the hub datasets.
         revision: Of the hub datasets.
         columns: Of the sources given by name: {name here: name in the source}.
         limit_rows: Read this many rows at most, over all sources.
@@ -73,7 +75,9 @@ def load_groups(
     """
     cache_dir = Path(cache_dir)
     opened = [
-        source if isinstance(source, RowSource) else read_rows(source, split=split, revision=revision, columns=columns)
+        source
+        if isinstance(source, RowSource)
+        else read_rows(source, split=split, subset=subset, revision=revision, columns=columns)
         for source in sources
     ]
     contents = [

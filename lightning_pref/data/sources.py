@@ -125,6 +125,7 @@ def read_rows(
     source: str | Path,
     *,
     split: str | None = None,
+    subset: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> RowSource:
@@ -134,6 +135,7 @@ def read_rows(
         source: A file (.jsonl, .json, .csv, .parquet, .arrow), a folder written by `save_to_disk` of the `datasets` library,
             or the id of a dataset on the hub, "owner/name".
         split: Which split of a folder or hub dataset; it may be left out where there is one only.
+        subset: Configuration of a hub dataset that has several.
         revision: Branch, tag or commit of a hub dataset.
         columns: The columns to read, {name here: name in the source}; all of them under their own names if not given.
 
@@ -143,10 +145,12 @@ def read_rows(
     """
     path = Path(source)
     is_hub_id = not path.exists() and _is_hub_id(str(source))
-    if revision is not None and not is_hub_id:
-        raise ValueError(f"{source}: `revision` is for datasets on the hub, this is a file or folder. Leave it out.")
+    for name, value in (("subset", subset), ("revision", revision)):
+        if value is not None and not is_hub_id:
+            raise ValueError(f"{source}: `{name}` is for datasets on the hub, this is a file or folder. Leave it out.")
     if is_hub_id:
-        return DatasetRows(_load_from_hub(str(source), split, revision), f"{source}:{split}" if split else str(source), columns)
+        name = ":".join(part for part in (str(source), subset, split) if part)
+        return DatasetRows(_load_from_hub(str(source), subset, split, revision), name, columns)
     if not path.exists():
         raise FileNotFoundError(_not_found(path))
     if path.is_dir():
@@ -162,18 +166,18 @@ def _is_hub_id(source: str) -> bool:
     return looks_like_id and Path(source).suffix.lower() not in FILE_READERS and not Path(source).parent.exists()
 
 
-def _load_from_hub(hub_id: str, split: str | None, revision: str | None) -> Dataset:
+def _load_from_hub(hub_id: str, subset: str | None, split: str | None, revision: str | None) -> Dataset:
     # Costs seconds, and rows in files do not need it.
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(hub_id, split=split, revision=revision)
+        loaded = load_dataset(hub_id, subset, split=split, revision=revision)
     except Exception as error:  # the errors of the HTTP library below are none of this package's business
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"{hub_id}: no such file or folder at {Path(hub_id).absolute()}, and as a hub dataset (split {split}, revision "
-            f"{revision}) it cannot be loaded: {error} Without a connection, download it on a machine that has one, by "
-            f"`datasets.load_dataset('{hub_id}').save_to_disk(folder)`, and give the folder."
+            f"{hub_id}: no such file or folder at {Path(hub_id).absolute()}, and as a hub dataset (subset {subset}, split "
+            f"{split}, revision {revision}) it cannot be loaded: {error} Without a connection, download it on a machine that has "
+            f"one, by `datasets.load_dataset('{hub_id}').save_to_disk(folder)`, and give the folder."
         ) from error
     return _only_split(loaded, hub_id)
 

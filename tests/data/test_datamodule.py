@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import lightning as L
 import numpy as np
 import pytest
@@ -337,9 +338,27 @@ def test_a_setting_without_effect_or_sense_raises(
         preference_data(**settings)
 
 
-def test_a_revision_is_refused_for_files(tmp_path: Path, preference_data: Callable[..., PreferenceData]) -> None:
-    with pytest.raises(ValueError, match="`revision` is for datasets on the hub"):
-        set_up(preference_data(write_pairs(tmp_path / "pairs.jsonl", 3), revision="main"))
+@pytest.mark.parametrize("option", ["revision", "subset"])
+def test_revision_and_subset_are_refused_for_files(
+    tmp_path: Path, preference_data: Callable[..., PreferenceData], option: str
+) -> None:
+    with pytest.raises(ValueError, match=f"`{option}` is for datasets on the hub"):
+        set_up(preference_data(write_pairs(tmp_path / "pairs.jsonl", 3), **{option: "main"}))
+
+
+def test_subset_and_revision_reach_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preference_data: Callable[..., PreferenceData]
+) -> None:
+    asked: list[tuple[str | None, ...]] = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str | None, revision: str | None) -> datasets.Dataset:
+        asked.append((name, subset, split, revision))
+        return datasets.Dataset.from_list([{"prompt": "a?", "chosen": "yes", "rejected": "no"}])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    set_up(preference_data("owner/pairs", val_size=0, subset="helpful", revision="v1"))
+    assert set(asked) == {("owner/pairs", "helpful", None, "v1")}
 
 
 def test_a_missing_tokenizer_is_asked_for(preference_data: Callable[..., PreferenceData]) -> None:

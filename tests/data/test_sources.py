@@ -212,12 +212,14 @@ def test_a_missing_file_names_the_path_and_its_neighbours(tmp_path: Path) -> Non
         read_rows(tmp_path / "other" / "deep.parquet")
 
 
-def test_split_and_revision_of_a_file_are_refused(tmp_path: Path) -> None:
+def test_what_belongs_to_hub_datasets_is_refused_for_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl")
     with pytest.raises(ValueError, match="`split` is for `datasets` folders"):
         read_rows(path, split="train")
     with pytest.raises(ValueError, match="`revision` is for datasets on the hub"):
         read_rows(path, revision="main")
+    with pytest.raises(ValueError, match="`subset` is for datasets on the hub"):
+        read_rows(path, subset="helpful")
 
 
 def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
@@ -266,18 +268,18 @@ def test_a_hub_dataset_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPa
         read_rows("owner/pairs")
 
 
-def test_a_hub_dataset_is_loaded_with_split_and_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, str | None, str | None]] = []
+def test_a_hub_dataset_is_loaded_with_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[str | None, ...]] = []
 
-    def load_dataset(name: str, *, split: str | None, revision: str | None) -> datasets.Dataset:
-        asked.append((name, split, revision))
+    def load_dataset(name: str, subset: str | None, *, split: str | None, revision: str | None) -> datasets.Dataset:
+        asked.append((name, subset, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    place, row = next(iter(read_rows("owner/pairs", split="train", revision="v1")))
-    assert asked == [("owner/pairs", "train", "v1")]
-    assert (place, row) == (Place("owner/pairs:train", 1), ROWS[0])
+    place, row = next(iter(read_rows("owner/pairs", subset="helpful", split="train", revision="v1")))
+    assert asked == [("owner/pairs", "helpful", "train", "v1")]
+    assert (place, row) == (Place("owner/pairs:helpful:train", 1), ROWS[0])
 
 
 def test_a_path_into_an_existing_folder_is_no_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
