@@ -21,6 +21,8 @@ from typing_extensions import override
 
 from lightning_pref.callbacks import GoldReward, Throughput
 from lightning_pref.data.datamodule import PreferenceData
+from lightning_pref.data.playground_source import is_playground
+from lightning_pref.models.presets import is_preset
 from lightning_pref.modules.policy import PolicyModule
 from lightning_pref.reports.console import RunProgressBar, StartLine, readable_terminal
 from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
@@ -71,9 +73,15 @@ class RunResult(NamedTuple):
     metrics: dict[str, FirstLast]
 
 
+def trains_on_playground(config: Namespace) -> bool:
+    """Whether all training data is the playground's."""
+    train = config.data.train
+    return all(map(is_playground, [train] if isinstance(train, str) else train))
+
+
 def on_playground(config: Namespace) -> bool:
     """Whether both the model and the training data are the embedded ones, whose own defaults then apply."""
-    return str(config.model.model).startswith("playground") and str(config.data.train).startswith("playground")
+    return is_preset(str(config.model.model)) and trains_on_playground(config)
 
 
 class RunConfig(SaveConfigCallback):

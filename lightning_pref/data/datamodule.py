@@ -254,7 +254,7 @@ class PreferenceData(L.LightningDataModule):
     def val_dataloader(self) -> GroupLoader | list[GroupLoader]:
         if self.val_table is None:
             # An empty list is how Lightning is told that there is no validation; it wonders about it all the same.
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero", category=UserWarning)
             return []
         return self._loader(self.val_table, shuffle=False, **self._place())
 

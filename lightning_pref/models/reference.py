@@ -29,6 +29,11 @@ def summed_logps(model: PreTrainedModel | PeftModel, batch: GroupBatch, *, layou
     return response_logps(model, batch, layout=layout).logps
 
 
+def token_logps(model: PreTrainedModel | PeftModel, batch: GroupBatch, *, layout: Layout = "auto") -> Tensor:
+    """Log-prob of each response token in nats, [N] float32."""
+    return response_logps(model, batch, layout=layout).token_logps
+
+
 class Reference(Protocol):
     """What a loss asks of a reference policy."""
 

@@ -18,7 +18,7 @@ from lightning_pref.functional import segment_sum
 from lightning_pref.losses import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout, Quantity, ResponseLogps
-from lightning_pref.models.reference import EmaReference, EmaSettings, Reference
+from lightning_pref.models.reference import EmaReference, EmaSettings, Reference, summed_logps, token_logps
 from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
 from lightning_pref.modules.loss_choice import LossKind, choose_loss, coupled_losses
 from lightning_pref.modules.objectives import (
@@ -33,7 +33,7 @@ from lightning_pref.modules.objectives import (
 )
 from lightning_pref.modules.optimisation import OptimizerSettings
 from lightning_pref.modules.policy import Loading, PolicyModule, sum_over_ranks
-from lightning_pref.modules.reference_pass import cached_references, score_sums, score_tokens
+from lightning_pref.modules.reference_pass import cached_references
 from lightning_pref.observations import PairHiddenObservation, PairObservation, observe, wants
 
 METRICS: Mapping[LossKind, tuple[str, ...]] = {
@@ -154,7 +154,7 @@ class DPOModule(PolicyModule):
             self.reference_kind, self.policy, needs_reference=self.needs_reference, other_model=other, ema=self.ema
         )
         other_model = self.load(self.reference_model) if self.reference_model is not None else None
-        score = score_sums if self.objective.tail_weight == 1.0 else score_tokens
+        score = summed_logps if self.objective.tail_weight == 1.0 else token_logps
         bound = partial(score, layout=self.layout)
         if kind == "cache":
             self.reference, self.val_reference = cached_references(

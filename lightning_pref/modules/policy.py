@@ -83,7 +83,7 @@ class PolicyModule(L.LightningModule):
         names = [*metric_names, "entropy"] if log_entropy else list(metric_names)
         self.train_means = WeightedMeans(names)
         self.val_means = WeightedMeans(names)
-        self._updates = self._logged_at = 0
+        self._logged_at = 0
 
     @override
     def configure_model(self) -> None:
@@ -184,17 +184,14 @@ class PolicyModule(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        self._updates = self._logged_at = self.trainer.global_step
+        self._logged_at = self.trainer.global_step
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: GroupBatch, batch_idx: int) -> None:
         # Any: Lightning's own type for step outputs
         updates = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it outside __init__
-        if updates == self._updates:
-            return
-        self._updates = updates
-        if every and updates % every == 0:
+        if every and updates % every == 0 and updates != self._logged_at:
             self._logged_at = updates
             self.log_dict(self._flush(self.train_means))
 

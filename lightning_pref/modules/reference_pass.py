@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_pref.data.datamodule import PreferenceData
-from lightning_pref.data.groups import GroupBatch
 from lightning_pref.data.store import GroupTable
 from lightning_pref.models.digests import ReferenceDigest, reference_digest
-from lightning_pref.models.forward import Layout, response_logps
 from lightning_pref.models.reference import Reference, Score
 from lightning_pref.models.reference_cache import CachedReference, merge_parts, read_reference_cache, write_part
-
-
-def score_sums(model: PreTrainedModel | PeftModel, batch: GroupBatch, *, layout: Layout) -> Tensor:
-    """Summed log-probability of every response, [R]."""
-    return response_logps(model, batch, layout=layout).logps
-
-
-def score_tokens(model: PreTrainedModel | PeftModel, batch: GroupBatch, *, layout: Layout) -> Tensor:
-    """Log-probability of every response token, [N]."""
-    return response_logps(model, batch, layout=layout).token_logps
 
 
 def cached_references(
@@ -46,8 +35,11 @@ def cached_references(
             f"{type(data).__name__}. Fit with `datamodule=PreferenceData(...)`, or use the reference 'copy'."
         )
 
+    # The weights are read once for both data sets; of a large model that takes its time.
+    shared = reference_digest(model, tokenizer=data.tokenizer_digest, data=data.train_table.digest, precision=trainer.precision)
+
     def cached(table: GroupTable, name: str) -> CachedReference:
-        digest = reference_digest(model, tokenizer=data.tokenizer_digest, data=table.digest, precision=trainer.precision)
+        digest = replace(shared, data=table.digest)
         # A folder of the user's own is theirs to look after: what is stale there raises. Ours are named by their digest.
         place = Path(folder) / name if folder is not None else data.cache_folder / "reference" / digest.key[:16]
         _fill(trainer, model, data, table, place, digest, score)

@@ -10,18 +10,15 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from lightning_pref.callbacks import GoldReward
+from lightning_pref.cli import trains_on_playground
 from lightning_pref.data.playground import gold_reward, playground_rows
 from lightning_pref.models.backbones import load_tokenizer
 from lightning_pref.models.generation import sample_responses
+from lightning_pref.models.presets import is_preset
 from lightning_pref.modules.policy import PolicyModule
 
 NUM_PROMPTS = 64
 MAX_NEW_TOKENS = 48
-
-
-def trains_on_playground(config: Namespace) -> bool:
-    """Whether the training data is the playground's."""
-    return str(config.data.train).startswith("playground")
 
 
 def fine_tune_first(config: Namespace, folder: Path) -> None:
@@ -29,7 +26,7 @@ def fine_tune_first(config: Namespace, folder: Path) -> None:
     from lightning_pref.recipes import sft
 
     preset = str(config.model.model)
-    if not preset.startswith("playground:"):
+    if not is_preset(preset):
         return
     name = f"for-{folder.parent.name}-{folder.name}"
     export = Path(config.run.root) / sft.RECIPE.name / name / "export"

@@ -39,8 +39,6 @@ IDLE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"LightningCLI's args parameter is intended", UserWarning),
     # Lightning's command line calls methods that jsonargparse is about to rename.
     (r"\s[\s\S]*(JsonargparseDeprecationWarning|v5\.0\.0)", DeprecationWarning),
-    # Validation that was turned off.
-    (r"Total length of `list` across ranks is zero", UserWarning),
     # A resumed run has a folder of its own.
     (r"The dirpath has changed from", UserWarning),
     # That folder is ours and the checkpoints in it are of the run that goes on.

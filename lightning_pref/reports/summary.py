@@ -9,13 +9,15 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
+
+from lightning_pref.callbacks.gold_reward import Sample
 
 PACKAGES = ("lightning-pref", "torch", "lightning", "transformers", "peft", "datasets")
 
@@ -25,17 +27,6 @@ class FirstLast(NamedTuple):
 
     first: float
     last: float
-
-
-class Sample(Protocol):
-    """An answer of the policy and its worth."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def response(self) -> str: ...
-    @property
-    def reward(self) -> float: ...
 
 
 class RunRecord(Logger):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
-from lightning_pref.cli import RunResult
+from lightning_pref.cli import RunResult, on_playground, trains_on_playground
 from lightning_pref.recipes import dpo, sft
 
 RECIPES = pytest.mark.parametrize("recipe", [dpo, sft], ids=["dpo", "sft"])
@@ -101,3 +102,21 @@ def test_gold_reward_is_measured_where_the_data_is_the_playgrounds_and_nowhere_e
     result: RunResult = sft.main([*small, *few, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1"])
     assert "gold_reward" in result.metrics
     assert "gold_reward" not in bench.sft(bench.rows([{"prompt": f"a{i}", "completion": " b"} for i in range(12)])).metrics
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("playground", True),
+        ("playground:sft:kitchen", True),
+        ("playground_pairs.jsonl", False),
+        (["playground:kitchen", "playground:travel"], True),
+        (["playground", "pairs.jsonl"], False),
+    ],
+)
+def test_the_playground_is_known_by_its_whole_name(train: str | list[str], expected: bool) -> None:
+    data = Namespace(data=Namespace(train=train), model=Namespace(model="playground:tiny"))
+    assert trains_on_playground(data) == expected
+    assert on_playground(data) == expected
+    own = Namespace(data=Namespace(train=train), model=Namespace(model="playground_model"))
+    assert not on_playground(own)

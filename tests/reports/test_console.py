@@ -32,7 +32,7 @@ def test_warnings_that_someone_can_act_on_come_through() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with readable_terminal():
-            warnings.warn("Total length of `list` across ranks is zero", UserWarning, stacklevel=1)
+            warnings.warn("The dirpath has changed from a to b", UserWarning, stacklevel=1)
             warnings.warn("the learning rate is odd", UserWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["the learning rate is odd"]
 
