@@ -6,14 +6,15 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -208,18 +209,36 @@ def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
     started = time.monotonic()
     names_the_run = RUN_NAME_VARIABLE not in os.environ  # not so for a first stage, nor in a process Lightning started
     try:
-        with readable_terminal():
+        with _mistakes_in_one_paragraph(), readable_terminal():
             cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.run.resume)
             return _finish(cli, time.monotonic() - started)
-    except (ValueError, TypeError, OSError) as error:
-        # What this package raises on purpose is written for the user: one paragraph, no traceback.
-        if not _raised_by_us(error):
-            raise
-        raise SystemExit(f"error: {error}") from error
     finally:
         if names_the_run:
             os.environ.pop(RUN_NAME_VARIABLE, None)
+
+
+def run_command(command: Callable[..., object], name: str, args: Sequence[str]) -> None:
+    """Call a function with flags that are its own parameters.
+
+    Args:
+        command: What to run; its docstring is the help.
+        name: How it is called on the command line.
+        args: Command line behind the name.
+    """
+    with _mistakes_in_one_paragraph(), readable_terminal():
+        auto_cli(command, args=list(args), prog=f"python -m lightning_pref {name}", as_positional=False)
+
+
+@contextmanager
+def _mistakes_in_one_paragraph() -> Iterator[None]:
+    """What this package raises on purpose is written for the user: one paragraph, no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        if not _raised_by_us(error):
+            raise
+        raise SystemExit(f"error: {error}") from error
 
 
 def _raised_by_us(error: Exception) -> bool:

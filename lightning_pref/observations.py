@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -60,6 +61,8 @@ class RewardObservation(Observation):
 
     rewards: Tensor  # [N], any unit, one entry per response
     prompt_ids: Tensor  # [N], integer; equal ids = responses of one prompt
+    lengths: Tensor | None = None  # [N], response tokens; needed to see whether length is what pays
+    gold: Tensor | None = None  # [N], what the responses are really worth (any monotone scale, larger is better)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +87,23 @@ class Observer(ABC):
             observation: Detached, rank-local evidence.
             source: `train`, `val`, `test`, `predict`, or the name a publisher gave.
         """
+
+    def on_round_end(self, trainer: Trainer, pl_module: LightningModule, source: str) -> None:  # noqa: B027  # optional
+        """Called when a publisher with a source of its own has published everything that belongs to one measurement."""
+
+
+# What was published under each trainer, so that an observer that hears nothing can say what there was to hear.
+_published: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+
+
+def published_kinds(trainer: Trainer) -> list[str]:
+    """Names of the kinds of observation published so far under this trainer."""
+    return sorted(_published.get(trainer, ()))
+
+
+def required_fields(kind: type[Observation]) -> list[str]:
+    """Names of the fields that an observation of this kind cannot do without."""
+    return [f.name for f in fields(kind) if f.default is MISSING]
 
 
 def _attached_trainer(module: LightningModule) -> Trainer | None:
@@ -122,6 +142,7 @@ def observe(module: LightningModule, observation: Observation, *, source: str | 
     trainer = _attached_trainer(module)
     if trainer is None:
         return
+    _published.setdefault(trainer, set()).add(type(observation).__name__)
     listeners = list(_listeners(trainer, type(observation)))
     if not listeners:
         return
@@ -130,6 +151,18 @@ def observe(module: LightningModule, observation: Observation, *, source: str | 
     with torch.no_grad():
         for listener in listeners:
             listener.on_observation(trainer, trainer.lightning_module, detached, source or _stage(trainer))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def end_round(module: LightningModule, *, source: str) -> None:
+    """Tell every attached observer that all evidence of one measurement has been published under this source."""
+    trainer = _attached_trainer(module)
+    if trainer is None:
+        return
+    with torch.no_grad():
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets the list outside __init__
+            if isinstance(callback, Observer):
+                callback.on_round_end(trainer, trainer.lightning_module, source)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -1,0 +1,223 @@
+"""What every diagnostic shares: events of whatever trains, executed updates, alerts, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_pref.alerts import Alert, Judge, alert_rules
+from lightning_pref.callbacks.hosts import Host, LightningHost
+
+STATE_VERSION = 1
+
+
+class Key(NamedTuple):
+    """A logged quantity."""
+
+    name: str
+    text: str
+    unit: str = ""
+
+
+class Diagnostic(Callback):
+    """A callback that looks at training, under Lightning's Trainer or, by way of a `Host`, under another one.
+
+    A diagnostic overrides the events below. Lightning's hooks are mapped onto them here; other trainers call them directly.
+    Events are called on every rank.
+
+    Args:
+        thresholds: Limits of alerts other than those in `ALERT_RULES`, by rule name; `nan` turns a rule off.
+    """
+
+    prefix: ClassVar[str]
+    keys: ClassVar[tuple[Key, ...]] = ()
+
+    def __init__(self, *, thresholds: Mapping[str, float] | None = None) -> None:
+        self.updates = 0  # executed; a step that a loss scaler skips is none
+        self.alerts: list[Alert] = []  # of this process's run
+        self._judge = Judge(alert_rules(self.prefix, thresholds))
+        self._host: LightningHost | None = None
+        self._handle: RemovableHandle | None = None
+        self._counts_calls = False
+        self._updates_before_batch = 0
+
+    # Events.
+
+    def start(self, host: Host) -> None:
+        """Before the first batch, or the first after a resume."""
+
+    def before_backward(self, host: Host, loss: Tensor) -> None:
+        """The loss of a micro-batch is known, as the trainer divides it for accumulation."""
+
+    def before_update(self, host: Host, optimizer: Optimizer) -> None:
+        """Gradients of an update are complete and unscaled; they are not clipped yet, where the trainer can tell."""
+
+    def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:  # Any: the user's own
+        """A micro-batch is done; `updated` says whether an update was executed with it."""
+
+    def end_epoch(self, host: Host) -> None:
+        """All training batches of an epoch are done."""
+
+    def end_validation(self, host: Host) -> None:
+        """All validation batches are done."""
+
+    def finish(self, host: Host) -> None:
+        """Training has ended."""
+
+    # For subclasses.
+
+    def judge(
+        self,
+        host: Host,
+        values: Mapping[str, float],
+        *,
+        source: str = "train",
+        evidence: Callable[[str], str] | None = None,
+    ) -> None:
+        """Raise the alerts that these values give reason for.
+
+        Args:
+            host: What trains.
+            values: Measurements by key; equal on every rank.
+            source: Where they come from.
+            evidence: Gives, for a rule's name, more than the numbers.
+        """
+        for alert in self._judge.alerts(values, step=host.step, source=source, evidence=evidence):
+            self.raise_alert(host, alert)
+
+    def raise_alert(self, host: Host, alert: Alert) -> None:
+        """Keep an alert and bring it to where people look."""
+        self.alerts.append(alert)
+        host.say(alert)
+
+    def measured_state(self) -> dict[str, Any]:  # Any: plain data for a checkpoint
+        """What was measured, as plain data and CPU tensors; never a constructor argument."""
+        return {}
+
+    def load_measured_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `measured_state` gave."""
+
+    # Counting of updates.
+
+    def watch(self, optimizers: Sequence[object]) -> None:
+        """Count the updates that the first optimiser really executes."""
+        self.unwatch()
+        first = optimizers[0] if optimizers else None
+        if isinstance(first, Optimizer):
+            self._handle = first.register_step_post_hook(self._count)
+        else:  # an engine's own, which tells nobody: count what it is asked for
+            self._counts_calls = first is not None
+
+    def unwatch(self) -> None:
+        """Let go of the optimiser."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._counts_calls = None, False
+
+    def _count(self, *_: object) -> None:
+        self.updates += 1
+
+    def batch_begins(self) -> None:
+        """Note where the count of updates stands; a trainer's adapter calls it before each micro-batch."""
+        self._updates_before_batch = self.updates
+
+    def batch_ends(self, host: Host, outputs: Any, batch: Any) -> None:  # Any: the user's own
+        """Pass `after_batch` on with what the count of updates says."""
+        self.after_batch(host, outputs, batch, self.updates > self._updates_before_batch)
+
+    def update_begins(self, host: Host, optimizer: Optimizer) -> None:
+        """Pass `before_update` on."""
+        self.updates += int(self._counts_calls)
+        self.before_update(host, optimizer)
+
+    # Lightning.
+
+    def _lightning(self, trainer: L.Trainer, pl_module: L.LightningModule) -> LightningHost:
+        if self._host is None or self._host.trainer is not trainer:
+            self._host = LightningHost(trainer, pl_module)
+        return self._host
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.watch(trainer.optimizers)
+        with torch.no_grad():
+            self.start(self._lightning(trainer, pl_module))
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch_begins()
+
+    @override
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        with torch.no_grad():
+            self.before_backward(self._lightning(trainer, pl_module), loss.detach())
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        with torch.no_grad():
+            self.update_begins(self._lightning(trainer, pl_module), optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        with torch.no_grad():
+            self.batch_ends(self._lightning(trainer, pl_module), outputs, batch)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            self.end_epoch(self._lightning(trainer, pl_module))
+
+    @override
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            with torch.no_grad():
+                self.end_validation(self._lightning(trainer, pl_module))
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            self.finish(self._lightning(trainer, pl_module))
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.unwatch()
+        self._host = None
+
+    # State.
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "updates": self.updates,
+            "judge": self._judge.state(),
+            "measured": self.measured_state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"The checkpoint holds state of version {state_dict.get('version')!r} of {type(self).__name__}; this release "
+                f"reads version {STATE_VERSION}. Resume with the release that wrote it, or without this callback."
+            )
+        self.updates = state_dict["updates"]
+        self._judge.load(state_dict["judge"])
+        self.load_measured_state(state_dict["measured"])
