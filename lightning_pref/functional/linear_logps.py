@@ -70,6 +70,7 @@ def linear_logps(
     low_rank: LowRank | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     want_entropy: bool = False,
     want_collision: bool = False,
     chunk_elements: int = 2**24,
@@ -87,6 +88,7 @@ def linear_logps(
         low_rank: Low-rank addition to `weight`.
         scale: Factor on the logits.
         softcap: Bound of the logits.
+        temperature: Divisor of the logits, after the soft-cap: the distribution that sampling at this temperature draws from.
         want_entropy: Return the entropy of every position, too.
         want_collision: Return the collision log-probability of every position, too.
         chunk_elements: Upper bound of rows times V in one chunk, at least one row.
@@ -97,9 +99,13 @@ def linear_logps(
     """
     if chunk_elements < 1:
         raise ValueError(f"`chunk_elements` must be at least 1, got {chunk_elements!r}.")
+    if temperature <= 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature!r}: at 0 every token but one is impossible.")
 
     def of_rows(hidden: Tensor, targets: Tensor) -> list[Tensor]:
         logits = linear_logits(hidden, weight, bias=bias, low_rank=low_rank, scale=scale, softcap=softcap)
+        if temperature != 1.0:
+            logits = logits / temperature
         columns = [token_logps(logits, targets)]
         if want_entropy:
             columns.append(entropy(logits))

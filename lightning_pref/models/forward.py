@@ -14,7 +14,7 @@ from lightning_pref.functional.masked import segment_sum
 from lightning_pref.models.attention import predicting_hidden, token_costs
 from lightning_pref.models.heads import backbone_of, causal_lm_of, head_of
 from lightning_pref.models.layouts import PlacedLayout, choose_layout, plan_layout
-from lightning_pref.models.parity import layout_obstacle, verified_head
+from lightning_pref.models.parity import backbone_obstacle, verified_head
 
 Layout = Literal["auto", "padded", "packed", "shared"]
 Quantity = Literal["entropy", "collision", "hidden"]
@@ -43,6 +43,7 @@ def response_logps(
     *,
     layout: Layout = "auto",
     want: Collection[Quantity] = (),
+    temperature: float = 1.0,
     chunk_elements: int = 2**24,
 ) -> ResponseLogps:
     """Log-probability of every response token given its prompt and what came before it.
@@ -56,6 +57,7 @@ def response_logps(
         batch: Groups, on the model's device.
         layout: How the batch goes through the backbone; `auto` takes the cheapest that the model can take.
         want: Further quantities to return.
+        temperature: Divisor of the logits; log-probabilities, entropy and collision are those of the tempered distribution.
         chunk_elements: Logits that may exist at once, see `linear_logps`.
 
     Raises:
@@ -65,7 +67,7 @@ def response_logps(
         raise ValueError(f"Unknown quantity {unknown[0]!r} in `want`; known: {', '.join(QUANTITIES)}.")
     backbone = backbone_of(model)
     head = verified_head(model, head_of(model))
-    placed = _place(model, batch, layout)
+    placed = place_batch(backbone, batch, layout, name=type(causal_lm_of(model)).__name__)
     plan = plan_layout(batch, placed).to(batch.input_ids.device)
     hidden = predicting_hidden(backbone, batch, plan)
     scored = linear_logps(
@@ -76,6 +78,7 @@ def response_logps(
         low_rank=head.low_rank,
         scale=head.scale,
         softcap=head.softcap,
+        temperature=temperature,
         want_entropy="entropy" in want,
         want_collision="collision" in want,
         chunk_elements=chunk_elements,
@@ -93,15 +96,15 @@ def response_logps(
     )
 
 
-def _place(model: PreTrainedModel | PeftModel, batch: GroupBatch, layout: Layout) -> PlacedLayout:
-    """Turn `auto` into a layout and refuse what the model cannot take."""
+def place_batch(backbone: PreTrainedModel, batch: GroupBatch, layout: Layout, *, name: str) -> PlacedLayout:
+    """Turn `auto` into a layout and refuse what the backbone of a model called `name` cannot take."""
     if layout == "padded":
         return layout
     if layout not in LAYOUTS:
         raise ValueError(f"Unknown layout {layout!r}; known: {', '.join(LAYOUTS)}.")
-    obstacle = layout_obstacle(model)
+    obstacle = backbone_obstacle(backbone)
     if obstacle is None:
-        return choose_layout(batch, token_costs(backbone_of(model))) if layout == "auto" else layout
+        return choose_layout(batch, token_costs(backbone)) if layout == "auto" else layout
     if layout != "auto":
-        raise ValueError(f"{type(causal_lm_of(model)).__name__} cannot take {layout} rows: {obstacle}.")
+        raise ValueError(f"{name} cannot take {layout} rows: {obstacle}.")
     return "padded"

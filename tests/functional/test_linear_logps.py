@@ -158,3 +158,21 @@ def test_a_chunk_of_no_elements_is_refused() -> None:
     p = problem()
     with pytest.raises(ValueError, match="`chunk_elements` must be at least 1, got 0"):
         linear_logps(p["hidden"], p["weight"], p["targets"], chunk_elements=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_L10_temperature_divides_the_capped_logits_once(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 4, generator=generator), 3 * torch.randn(11, 4, generator=generator)
+    kept, targets = hidden.clone(), torch.arange(7)
+    out = linear_logps(hidden, weight, targets, softcap=5.0, temperature=temperature, want_entropy=True, chunk_elements=22)
+    logps = torch.log_softmax(5.0 * torch.tanh(hidden.double() @ weight.double().T / 5.0) / temperature, dim=-1)
+    torch.testing.assert_close(out.logps.double(), logps[torch.arange(7), targets], atol=1e-5, rtol=1e-5)
+    assert out.entropy is not None
+    torch.testing.assert_close(out.entropy.double(), -(logps.exp() * logps).sum(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(hidden, kept)
+
+
+def test_a_temperature_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`temperature` must be positive, got 0.0: at 0 every token but one is impossible"):
+        linear_logps(torch.zeros(1, 2), torch.ones(4, 2), torch.tensor([3]), temperature=0.0)
