@@ -88,8 +88,9 @@ class LightningHost:
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer = trainer
         self._module = module
-        # All ranks come by here; the trainer's own property asks rank 0 for the folder.
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        # All ranks come by here; the trainer's own property asks rank 0 for the folder. Without loggers nothing is written.
+        folder = trainer.log_dir or trainer.default_root_dir
+        self.folder = Path(folder) if trainer.loggers else None
 
     @property
     def module(self) -> L.LightningModule:
@@ -182,9 +183,11 @@ def markdown(alert: Alert) -> str:
     )
 
 
-def record_alert(alert: Alert, folder: Path) -> None:
-    """Say it on the console, and add it to the run's `alerts.jsonl`."""
+def record_alert(alert: Alert, folder: Path | None) -> None:
+    """Say it on the console, and add it to the run's `alerts.jsonl` where the run has a folder."""
     logger.log(_LOG_LEVELS[alert.level], alert.text())
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ALERTS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(alert.as_dict()) + "\n")

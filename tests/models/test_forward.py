@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -217,8 +218,24 @@ def test_L6_autocast_gives_float32_logps_close_to_exact_ones(
     assert all(gradient.isfinite().all() for gradient in gradients(model, out.token_logps))
 
 
+@every_layout
+def test_L10_log_probs_at_a_temperature_are_those_of_the_divided_logits(
+    tiny_model: Build, random_groups: Groups, layout: Layout
+) -> None:
+    model, groups = tiny_model(), random_groups(2, 1)
+    out = response_logps(model, GroupBatch.from_groups(groups), layout=layout, temperature=0.7)
+    expected = []
+    for item in groups:
+        ids = torch.from_numpy(np.concatenate([item.prompt, *item.responses]))[None]
+        logps = torch.log_softmax(model(ids).logits[0].double() / 0.7, dim=-1)
+        first = len(item.prompt)
+        expected.append(logps[first - 1 : -1].gather(-1, ids[0, first:, None]).sum())
+    torch.testing.assert_close(out.logps.double(), torch.stack(expected), atol=1e-4, rtol=1e-5)
+
+
 def test_L6_every_option_has_a_test_above() -> None:
-    assert list(inspect.signature(response_logps).parameters) == ["model", "batch", "layout", "want", "chunk_elements"]
+    options = ["model", "batch", "layout", "want", "temperature", "chunk_elements"]
+    assert list(inspect.signature(response_logps).parameters) == options
 
 
 def test_dropout_follows_the_mode_of_the_model(tiny_model: Build, random_groups: Groups) -> None:

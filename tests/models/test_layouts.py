@@ -65,6 +65,9 @@ def test_each_response_token_is_predicted_from_prompt_and_earlier_response(layou
     assert (batch.response[plan.predicted] >= 0).all()
     for slot, context in zip(plan.predictor.tolist(), contexts, strict=True):
         assert seen_by(plan, batch, slot) == context
+    # The token itself sits where its context ends with it.
+    for slot, context, token in zip(plan.place.tolist(), contexts, tokens, strict=True):
+        assert seen_by(plan, batch, slot) == [*context, token]
 
 
 @given(groups)
@@ -136,5 +139,5 @@ def test_attention_that_outweighs_the_layers_speaks_against_long_shared_rows() -
 
 def test_plans_move_to_a_device_as_a_whole() -> None:
     plan = plan_layout(batch_of([(2, [1])]), "packed").to(torch.device("meta"))
-    tensors = (plan.source, plan.unit, plan.branch, plan.predictor, plan.predicted)
+    tensors = (plan.source, plan.unit, plan.branch, plan.predictor, plan.predicted, plan.place)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
