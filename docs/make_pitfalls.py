@@ -24,7 +24,9 @@ REPOSITORIES = {
     "Liger": "linkedin/Liger-Kernel",
     "NeMo-Aligner": "NVIDIA/NeMo-Aligner",
     "OpenRLHF": "OpenRLHF/OpenRLHF",
+    "ROLL": "alibaba/ROLL",
     "VeOmni": "ByteDance-Seed/VeOmni",
+    "bitsandbytes": "bitsandbytes-foundation/bitsandbytes",
     "ms-swift": "modelscope/ms-swift",
     "open-instruct": "allenai/open-instruct",
     "open-r1": "huggingface/open-r1",
@@ -100,6 +102,30 @@ SECTIONS: dict[str, list[Pitfall]] = {
         Pitfall("F7", "The baseline of KTO: which pairs, detached, never below 0, equal on all ranks"),
         Pitfall("F8", "Unlearning diverges instead of levelling off"),
     ],
+    "Reward models": [
+        Pitfall(
+            "W1",
+            "The reward is read at a padding token, or at the last token of the batch",
+            "transformers#35352 trl#937 trl#2778 trl#7318",
+        ),
+        Pitfall("W2", "The head of the reward model differs over ranks, is in half precision, or is lost with the adapter"),
+        Pitfall("W3", "A constant reward counts as an accuracy of 50 % or 100 %, and nobody is told"),
+        Pitfall("W4", "Centring and margin change what an offset of all rewards may not change"),
+        Pitfall("W5", "The exported reward model scores otherwise in plain transformers"),
+        Pitfall("W6", "Step labels sit one token beside the separator"),
+    ],
+    "RLHF": [
+        Pitfall("L11", "Top-p or top-k is applied when sampling and not in the ratio", "trl#6789 trl#6945 open-instruct#1678"),
+        Pitfall("L12", "The ratio of the first inner step is not 1"),
+        Pitfall("N4", "Whitened advantages blow up: one sample, no spread, other ranks left out", "ROLL#475 verl#6497 trl#2665"),
+        Pitfall("P1", "Values bootstrap past the end of a response, or not past a truncation"),
+        Pitfall("P2", "The reward lands on a padding token", "trl#3750 trl#1893"),
+        Pitfall("P3", "Clip, normalisation and missing-EOS penalty of the score come in any order"),
+        Pitfall("P4", "Generation leaves eval mode, cache or random state behind"),
+        Pitfall("P5", "Old log-probs are refreshed between inner epochs, or shuffled against their tokens"),
+        Pitfall("P6", "The value loss is clipped on one side only, or normalised per micro-batch", "verl#6957"),
+        Pitfall("P7", "The samples of one prompt are split over ranks before their statistics are taken"),
+    ],
     "Normalisation": [
         Pitfall(
             "N1",
@@ -116,7 +142,23 @@ SECTIONS: dict[str, list[Pitfall]] = {
         Pitfall("N6", "Gradients are clipped per micro-batch, or before they are unscaled"),
     ],
     "Optimisation": [
+        Pitfall("O1", "An update that the fp16 loss scaler skips still advances counters, schedules and monitors"),
+        Pitfall("O3", "Zeroing quantised optimiser state leaves codes that mean a large momentum", "bitsandbytes#2080"),
+        Pitfall("O4", "A reset of moments forgets step counter, amsgrad maximum, sharded or fused state"),
         Pitfall("O5", "Checkpointed blocks see an input without gradient, and the adapters inside them never learn", "trl#2514"),
+        Pitfall("O6", "Ranks decide for themselves whether a step was a spike, and drift apart"),
+        Pitfall("O7", "The detector learns from the spike and misses the next one"),
+    ],
+    "Resume": [
+        Pitfall("C5", "A callback's state is saved and never loaded, or loaded and never tested"),
+    ],
+    "Monitors": [
+        Pitfall("M1", "CHES sums padding, drops the wrong column, or divides by the padded length"),
+        Pitfall("M2", "Displacement is measured without the value from before training"),
+        Pitfall("M3", "Two variances of the reward under one name: per prompt or pooled, raw or whitened"),
+        Pitfall("M4", "Evaluating changes the training: random state, dropout, batch norm, gradients"),
+        Pitfall("M5", "A monitor waits for the device in every step"),
+        Pitfall("M6", "A collective in a branch that only some ranks take hangs the run"),
     ],
 }
 

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import lightning as L
 from jsonargparse import Namespace, auto_cli
@@ -21,12 +21,21 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from typing_extensions import override
 
 from lightning_pref.callbacks import GoldReward, Throughput
+from lightning_pref.callbacks.hosts import ALERTS_FILE
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.playground_source import is_playground
 from lightning_pref.models.presets import is_preset
-from lightning_pref.modules.policy import PolicyModule
+from lightning_pref.modules.group_module import GroupModule
 from lightning_pref.reports.console import RunProgressBar, StartLine, readable_terminal
-from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
+from lightning_pref.reports.summary import (
+    FirstLast,
+    RunRecord,
+    print_alerts,
+    print_samples,
+    print_summary,
+    read_alerts,
+    write_summary,
+)
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "recipes" / "configs"
@@ -57,7 +66,7 @@ class Recipe(NamedTuple):
     """What one recipe file declares."""
 
     name: str
-    module: type[PolicyModule]
+    module: type[GroupModule]
     defaults: dict[str, Any]  # Any: values of any flag, by its name
     headline: Sequence[str]  # metrics of the closing table
     # Run before anything is built; may change the configuration (a first stage that trains the model to start from).
@@ -224,10 +233,26 @@ def run_command(command: Callable[..., object], name: str, args: Sequence[str]) 
     Args:
         command: What to run; its docstring is the help.
         name: How it is called on the command line.
-        args: Command line behind the name.
+        args: Command line behind the name. Flags may be written with dashes; those of a list may be given several times.
     """
+    types = get_type_hints(command)
+    lists = {parameter for parameter, kind in types.items() if get_origin(kind) is list}
     with _mistakes_in_one_paragraph(), readable_terminal():
-        auto_cli(command, args=list(args), prog=f"python -m lightning_pref {name}", as_positional=False)
+        flags = [_flag(arg, lists) for arg in args]
+        auto_cli(command, args=flags, prog=f"python -m lightning_pref {name}", as_positional=False)
+
+
+def _flag(arg: str, lists: Collection[str]) -> str:
+    """An argument as jsonargparse reads it: `--drop-top` is `--drop_top`, and what is a list is appended to.
+
+    >>> _flag("--reward-model=a-b", {"reward_model"})
+    '--reward_model+=a-b'
+    """
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    plain = name[2:].replace("-", "_")
+    return f"--{plain}{'+' if plain in lists else ''}{equals}{value}"
 
 
 @contextmanager
@@ -265,13 +290,14 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
     module, data = cli.model, cli.datamodule
     if export is not None:
         module.save_pretrained(export, data.loaded_tokenizer)
+    alerts = read_alerts(cli.folder / ALERTS_FILE)
     write_summary(
         cli.folder / "summary.json",
         recipe=cli.recipe.name,
         steps=cli.trainer.global_step,
         seconds=seconds,
         metrics=cli.record.metrics,
-        alerts=0,
+        alerts=len(alerts),
         digests={"data": data.digest, **module.digests()},
     )
     places: dict[str, Path | str] = {
@@ -279,6 +305,7 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         "config": cli.folder / "config.yaml",
         "metrics": cli.folder / "metrics.csv",
         "summary": cli.folder / "summary.json",
+        "alerts": cli.folder / ALERTS_FILE,
         "checkpoints": cli.folder / "checkpoints",
         **({"model": export} if export is not None else {}),
         "TensorBoard": f"tensorboard --logdir {cli.folder}",
@@ -292,4 +319,5 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         headline=cli.recipe.headline,
         places={name: place for name, place in places.items() if not isinstance(place, Path) or place.exists()},
     )
+    print_alerts(alerts)
     return result

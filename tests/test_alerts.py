@@ -99,3 +99,13 @@ def test_every_rule_of_the_table_is_complete() -> None:
         assert all((limit.above is None) != (limit.below is None) for limit in rule.limits), name
         assert rule.patience >= 1, name
         assert rule.advice.endswith("."), name
+
+
+def test_a_judge_that_is_armed_anew_says_the_same_again() -> None:
+    judge = Judge({"x/both": BOTH})
+    values = {"x/up": 2.0, "x/down": -3.0}
+    assert len(judge.alerts(values, step=0)) == 1
+    assert judge.alerts(values, step=1) == []
+    judge.rearm()
+    (alert,) = judge.alerts(values, step=2)
+    assert alert.since_step == 2

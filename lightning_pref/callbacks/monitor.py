@@ -144,14 +144,20 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         host.log({prefix + key: value for key, value in values.items()})
         self.judge(host, values, source=source, evidence=lambda rule: self.evidence(rule, source))
 
+    def wanted(self) -> str:
+        """What this monitor cannot do without, for the error on silence."""
+        return " or ".join(kind.__name__ for kind in self.consumes)
+
+    def wiring(self, host: Host) -> str:
+        """The lines that feed this monitor, for the error on silence."""
+        return host.wiring(type(self).__name__, self.consumes)
+
     def _refuse_silence(self, host: Host, when: str) -> None:
         if self._has_heard:
             return
-        name = type(self).__name__
-        wanted = " or ".join(kind.__name__ for kind in self.consumes)
         raise ValueError(
-            f"{name} received no {wanted} in the {when} of {type(host.module).__name__}.\n"
-            f"{host.wiring(name, self.consumes)}\n"
+            f"{type(self).__name__} received no {self.wanted()} in the {when} of {type(host.module).__name__}.\n"
+            f"{self.wiring(host)}\n"
             f"It did receive: {', '.join(host.published()) or 'nothing'}."
         )
 

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ Score = Callable[[Any, Any], "Observation | Sequence[Observation]"]
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards modes and all random states (Python, NumPy, torch) are as they were."""
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global one is what users draw from
     try:
-        with torch.random.fork_rng(), evaluating(module):
+        # Of this process's own device: with all of them torch warns, and touches the GPUs of others.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(module):
             yield
     finally:
         random.setstate(python_state)
@@ -140,7 +142,7 @@ class Probe(Diagnostic):
     """
 
     prefix = "probe"
-    keys = (
+    keys: ClassVar[tuple[Key, ...]] = (
         Key("probe/<name>/time_share", "Seconds of measurement per second of training."),
         Key("probe/<name>/skipped", "Measurements left out so far because of the time budget."),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -22,11 +23,17 @@ from lightning_pref.data.groups import GroupBatch
 from lightning_pref.data.loading import OnBadRow, load_groups
 from lightning_pref.data.playground import Split
 from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSettings, is_playground
+from lightning_pref.data.replay import check_choice, column_values, kept_by_chance, kept_by_value, with_replay
 from lightning_pref.data.sampler import GroupBatches, GroupBatchSampler, GroupLoader
+from lightning_pref.data.sources import read_rows
 from lightning_pref.data.store import GroupStore, GroupSubset, GroupTable
 from lightning_pref.data.templates import Tokenization
 from lightning_pref.data.truncation import Truncation
 from lightning_pref.models.backbones import load_tokenizer
+
+Part = Literal["train", "val", "replay"]
+
+log = logging.getLogger(__name__)
 
 # Where neither bound of a batch is given: four pairs of 2048 tokens, or many short ones.
 DEFAULT_MAX_TOKENS = 8192
@@ -65,7 +72,14 @@ class PreferenceData(L.LightningDataModule):
         max_tokens_per_batch: Most tokens of a batch on one device, a prompt that several responses share counted once. 8192 if
             neither this nor `batch_size` is given.
         batch_size: Most rows (prompts with all their responses) of a batch on one device.
-        seed: Seed of the order of the rows.
+        replay: Old data of which a part is mixed into every epoch, so that it is not forgotten; sources as for `train`, read
+            with the same settings.
+        replay_share: Share of `replay` rows among the rows of an epoch, in (0, 1), met to the nearest row. The same rows in
+            every epoch; repeated equally often where there are too few.
+        keep_rows: Train on a part of the training rows only: a share of them below 1, else their number.
+        keep_rows_by: Column of the source by which the part is chosen: the rows of its highest values, or of its lowest ones
+            with a minus in front (`-perplexity`). By chance if not given.
+        seed: Seed of the order of the rows, and of what `keep_rows` and `replay` choose by chance.
         num_workers: Processes that prepare batches. A batch takes about a millisecond, so 0 (none) is rarely too slow.
         cache_dir: Folder of the tokenised data; `lightning_pref` in the user's cache folder if not given.
         playground: What the rows of the playground are like.
@@ -93,6 +107,10 @@ class PreferenceData(L.LightningDataModule):
         truncation: Truncation = "keep_start",
         max_tokens_per_batch: int | None = None,
         batch_size: int | None = None,
+        replay: str | list[str] | None = None,
+        replay_share: float | None = None,
+        keep_rows: float | None = None,
+        keep_rows_by: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
@@ -119,6 +137,10 @@ class PreferenceData(L.LightningDataModule):
         unbounded = max_tokens_per_batch is None and batch_size is None
         self.max_tokens_per_batch = DEFAULT_MAX_TOKENS if unbounded else max_tokens_per_batch
         self.batch_size = batch_size
+        self.replay_sources = [replay] if isinstance(replay, str) else replay
+        self.replay_share = replay_share
+        self.keep_rows = keep_rows
+        self.keep_rows_by = keep_rows_by
         self.seed = seed
         self.num_workers = num_workers
         self.cache_folder = Path(cache_dir) if cache_dir is not None else default_cache_folder()
@@ -127,7 +149,7 @@ class PreferenceData(L.LightningDataModule):
         self._check()
 
     def _check(self) -> None:
-        sources = self.train_sources + (self.val_sources or [])
+        sources = self.train_sources + (self.val_sources or []) + (self.replay_sources or [])
         if not self.train_sources:
             raise ValueError("`train` names no data; give a file, a folder, a hub id or `playground`.")
         others = [source for source in sources if not is_playground(source)]
@@ -145,6 +167,7 @@ class PreferenceData(L.LightningDataModule):
             )
         if self.limit_rows is not None and self.limit_rows < 1:
             raise ValueError(f"`limit_rows` must be at least 1, got {self.limit_rows!r}.")
+        check_choice(self.replay_sources, self.replay_share, self.keep_rows, self.keep_rows_by)
 
     @property
     def _holds_out(self) -> bool:
@@ -204,6 +227,7 @@ class PreferenceData(L.LightningDataModule):
         """Tokenise what is not in the cache; Lightning calls it in one process of each machine."""
         self._load("train", announce=False)
         self._load("val", announce=False)
+        self._load("replay", announce=False)
 
     @override
     def setup(self, stage: str) -> None:
@@ -214,15 +238,50 @@ class PreferenceData(L.LightningDataModule):
         train, val = self._load("train", announce=announce), self._load("val", announce=announce)
         assert train is not None, "`_check` wants training data"
         size = DEFAULT_VAL_SIZE if self.val_size is None else self.val_size
-        self._tables = hold_out(train, size) if self._holds_out and size else (train, val)
+        new, held = hold_out(train, size) if self._holds_out and size else (train, val)
+        self._tables = self._mixed(self._kept(new), held, announce=announce), held
 
-    def _load(self, part: Split, *, announce: bool) -> GroupStore | None:
-        """The store of the training or the validation data; `None` for validation rows that are held out or not wanted."""
-        names = self.train_sources if part == "train" or self.val_sources is None else self.val_sources
+    def _kept(self, table: GroupTable) -> GroupTable:
+        """The part of the training rows that `keep_rows` leaves."""
+        if self.keep_rows is None:
+            return table
+        if self.keep_rows_by is None:
+            return kept_by_chance(table, self.keep_rows, self.seed)
+        sources = [
+            read_rows(source, split=self.split, subset=self.subset, revision=self.revision) if isinstance(source, str) else source
+            for source in self._sources_of("train")
+        ]
+        column = self.keep_rows_by.removeprefix("-")
+        values = column_values(sources, column, table.row_ids)
+        return kept_by_value(table, self.keep_rows, values, lowest=column != self.keep_rows_by)
+
+    def _mixed(self, table: GroupTable, held: GroupTable | None, *, announce: bool) -> GroupTable:
+        """The training rows, with old ones among them where that is asked for."""
+        old = self._load("replay", announce=announce)
+        if old is None or self.replay_share is None:
+            return table
+        mixed = with_replay(table, old, self.replay_share, self.seed, unwanted=held)
+        if announce:
+            log.info("%d of %d training rows are replayed from %s", len(mixed.second), len(mixed), self.replay_sources)
+        return mixed
+
+    def _sources_of(self, part: Part) -> list[str | PlaygroundRows]:
+        if part == "replay":
+            names = self.replay_sources or []
+        else:
+            names = self.train_sources if part == "train" or self.val_sources is None else self.val_sources
+        split: Split = "val" if part == "val" else "train"
+        return [PlaygroundRows(name, self.playground, split) if is_playground(name) else name for name in names]
+
+    def _load(self, part: Part, *, announce: bool) -> GroupStore | None:
+        """The store of one part of the data; `None` where there is none, or it is held out of the training data."""
+        sources = self._sources_of(part)
         if part == "val" and (self._holds_out or not (self.val_sources or self.val_split or self.playground.num_val_rows)):
             return None
+        if not sources:
+            return None
         return load_groups(
-            [PlaygroundRows(name, self.playground, part) if is_playground(name) else name for name in names],
+            sources,
             self.tokenization,
             vocab_size=max(self.loaded_tokenizer.get_vocab().values()) + 1,
             cache_dir=self.cache_folder / "tokens",

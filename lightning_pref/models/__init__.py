@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     )
     from lightning_pref.models.digests import ReferenceDigest, reference_digest
     from lightning_pref.models.exports import export
+    from lightning_pref.models.first_difference import FirstDifferenceObservation, first_differences, with_candidates
     from lightning_pref.models.forward import Layout, ResponseLogps, response_logps
     from lightning_pref.models.generation import sample_responses
+    from lightning_pref.models.gradient_inputs import HeadInputs, head_inputs
+    from lightning_pref.models.pair_scores import pair_evidence, pair_hidden_observation, pair_observation
+    from lightning_pref.models.pair_table import score_pairs
     from lightning_pref.models.presets import build_preset
+    from lightning_pref.models.probe_scores import pair_accuracies, response_losses
     from lightning_pref.models.reference import AdapterOff, EmaReference, EmaSettings, FrozenCopy, Reference
     from lightning_pref.models.reference_cache import CachedReference, compute_reference_cache, read_reference_cache
     from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
+    from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
 
 # Public name -> the file it lives in.
 _HOMES = {
@@ -32,7 +38,9 @@ _HOMES = {
     "CachedReference": "reference_cache",
     "EmaReference": "reference",
     "EmaSettings": "reference",
+    "FirstDifferenceObservation": "first_difference",
     "FrozenCopy": "reference",
+    "HeadInputs": "gradient_inputs",
     "Layout": "forward",
     "LoraSettings": "adapters",
     "ParameterCount": "adapters",
@@ -48,14 +56,25 @@ _HOMES = {
     "disable_dropout": "backbones",
     "enable_gradient_checkpointing": "backbones",
     "export": "exports",
+    "first_differences": "first_difference",
+    "head_inputs": "gradient_inputs",
     "load_model": "backbones",
+    "load_reward_model": "reward_scores",
     "load_tokenizer": "backbones",
+    "pair_accuracies": "probe_scores",
+    "pair_evidence": "pair_scores",
+    "pair_hidden_observation": "pair_scores",
+    "pair_observation": "pair_scores",
     "read_reference_cache": "reference_cache",
     "reference_digest": "digests",
     "resolve_kind": "reference_choice",
     "resolve_reference": "reference_choice",
     "response_logps": "forward",
+    "response_losses": "probe_scores",
     "sample_responses": "generation",
+    "score_pairs": "pair_table",
+    "sequence_scores": "reward_scores",
+    "with_candidates": "first_difference",
 }
 
 __all__ = [
@@ -63,7 +82,9 @@ __all__ = [
     "CachedReference",
     "EmaReference",
     "EmaSettings",
+    "FirstDifferenceObservation",
     "FrozenCopy",
+    "HeadInputs",
     "Layout",
     "LoraSettings",
     "ParameterCount",
@@ -79,14 +100,25 @@ __all__ = [
     "disable_dropout",
     "enable_gradient_checkpointing",
     "export",
+    "first_differences",
+    "head_inputs",
     "load_model",
+    "load_reward_model",
     "load_tokenizer",
+    "pair_accuracies",
+    "pair_evidence",
+    "pair_hidden_observation",
+    "pair_observation",
     "read_reference_cache",
     "reference_digest",
     "resolve_kind",
     "resolve_reference",
     "response_logps",
+    "response_losses",
     "sample_responses",
+    "score_pairs",
+    "sequence_scores",
+    "with_candidates",
 ]
 
 

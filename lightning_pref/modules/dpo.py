@@ -18,8 +18,10 @@ from lightning_pref.functional import segment_sum
 from lightning_pref.losses import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout, Quantity, ResponseLogps
+from lightning_pref.models.pair_scores import counted_pairs, hidden_of_pairs, logps_of_pairs
 from lightning_pref.models.reference import EmaReference, EmaSettings, Reference, summed_logps, token_logps
 from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
+from lightning_pref.modules.group_module import Loading, sum_over_ranks
 from lightning_pref.modules.loss_choice import LossKind, choose_loss, coupled_losses
 from lightning_pref.modules.objectives import (
     LIKELIHOOD_METRICS,
@@ -32,7 +34,7 @@ from lightning_pref.modules.objectives import (
     unpaired_terms,
 )
 from lightning_pref.modules.optimisation import OptimizerSettings
-from lightning_pref.modules.policy import Loading, PolicyModule, sum_over_ranks
+from lightning_pref.modules.policy import PolicyModule
 from lightning_pref.modules.reference_pass import cached_references
 from lightning_pref.observations import PairHiddenObservation, PairObservation, observe, wants
 
@@ -204,39 +206,14 @@ class DPOModule(PolicyModule):
         """What callbacks may want to see: plain sums, also where the loss weighs tails."""
         if not (wants(self, PairObservation) or wants(self, PairHiddenObservation)):
             return
-        # Rows of weight 0 fill a batch; they are copies of rows that are seen elsewhere.
-        counts = pairs.weights > 0
-        chosen, rejected, row_ids = pairs.chosen[counts], pairs.rejected[counts], batch.row_ids[pairs.group[counts]]
-        if not len(row_ids):
+        pairs = counted_pairs(pairs)
+        if not len(pairs.group):
             return
         if reference is not None and self.objective.tail_weight != 1.0:
             reference = segment_sum(reference, out.response, batch.num_responses)
-        observe(
-            self,
-            PairObservation(
-                chosen_logps=out.logps[chosen],
-                rejected_logps=out.logps[rejected],
-                row_ids=row_ids,
-                chosen_lengths=out.lengths[chosen],
-                rejected_lengths=out.lengths[rejected],
-                ref_chosen_logps=None if reference is None else reference[chosen],
-                ref_rejected_logps=None if reference is None else reference[rejected],
-            ),
-        )
+        observe(self, logps_of_pairs(out, pairs, batch, reference))
         if out.hidden is not None:
-            # In float32, since the states of bf16 weights are bf16, in which a sum over a response loses its digits.
-            states = out.hidden.detach().float()
-            sums = states.new_zeros(batch.num_responses, states.shape[1]).index_add_(0, out.response, states)
-            observe(
-                self,
-                PairHiddenObservation(
-                    chosen_hidden=sums[chosen],
-                    rejected_hidden=sums[rejected],
-                    chosen_lengths=out.lengths[chosen],
-                    rejected_lengths=out.lengths[rejected],
-                    row_ids=row_ids,
-                ),
-            )
+            observe(self, hidden_of_pairs(out, pairs, batch))
 
     def _measured_option(self, out: ResponseLogps, reference: Tensor, batch: GroupBatch) -> dict[str, Tensor]:
         """The option of an unpaired loss that is measured on the batch, the same on every rank."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from lightning_pref.alerts import Alert
 from lightning_pref.callbacks.gold_reward import Sample
 
 PACKAGES = ("lightning-pref", "torch", "lightning", "transformers", "peft", "datasets")
@@ -119,6 +120,20 @@ def print_summary(
     width = max(len(name) for name in places)
     for name, place in places.items():
         console.print(f"  {name.ljust(width)}  {place}", highlight=False, soft_wrap=True)
+
+
+def read_alerts(path: Path) -> list[Alert]:
+    """The alerts of a run, those from before a resume too; none where the file is not there."""
+    if not path.exists():
+        return []
+    return [Alert(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def print_alerts(alerts: Sequence[Alert], *, console: Console | None = None) -> None:
+    """Print each alert once more at the end, where it is not lost between progress bars."""
+    console = console or Console()
+    for alert in alerts:
+        console.print(alert.text(), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: Console | None = None) -> None:

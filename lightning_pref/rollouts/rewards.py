@@ -1,0 +1,324 @@
+"""What sampled responses are worth: Python functions, reward models, ensembles and weighted sums of them, by name.
+
+| on the command line | is |
+|---|---|
+| `playground:gold`, `playground:length`, `playground:proxy` | rewards of the playground; `proxy` has the flaw of the data |
+| `module:function` | a Python function of (prompt, response), and of columns of the row by their names |
+| a folder or hub id | a sequence classifier of transformers with one label, or one per member of an ensemble |
+| a list of folders | an ensemble of reward models |
+| `{name: weight}` | the weighted sum of any of the above |
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from numbers import Real
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_pref.data.groups import GroupBatch, PromptGroup
+from lightning_pref.data.playground import gold_reward, proxy_reward
+from lightning_pref.data.playground_reward import Flaw, Text
+from lightning_pref.data.playground_source import is_playground
+from lightning_pref.data.rows import Row
+from lightning_pref.data.templates import Tokenization
+from lightning_pref.losses.ensemble import How, ensemble_reward
+from lightning_pref.models.backbones import Dtype, check_vocabulary, evaluating, load_tokenizer
+from lightning_pref.models.reward_models import build_reward_model, response_scores
+from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
+from lightning_pref.rollouts.prompts import Prompt
+
+# What a name on the command line may be: one reward, an ensemble of reward models, or weights by name.
+RewardSpec = str | list[str] | dict[str, float]
+# What it returns is checked: it is the user's.
+RewardFunction = Callable[..., object]
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_PLAYGROUND = ("playground:gold", "playground:length", "playground:proxy")
+
+
+class Answers(NamedTuple):
+    """Sampled responses, as text and as tokens: P prompts with K responses each."""
+
+    prompts: Sequence[Prompt]
+    texts: Sequence[Sequence[str]]  # P x K, without special tokens
+    groups: Sequence[PromptGroup]  # the same responses as token ids of the policy, the end token included where it was drawn
+    ended: Sequence[Sequence[bool]]  # P x K, whether the end token was drawn
+
+    @property
+    def num_responses(self) -> int:
+        return sum(map(len, self.texts))
+
+
+class Reward(Protocol):
+    """Gives every response a number, larger is better. One that cannot be told is `nan`: it is counted and teaches nothing."""
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """Rewards of the responses, prompt by prompt, [P * K] float32, on any device."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what has weights to a device."""
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A Python function of (prompt, response) and, by the names of its further parameters, of columns of the row.
+
+    Attributes:
+        name: What messages call it.
+        function: The prompt comes as the row has it, plain text or chat messages, the response as text.
+    """
+
+    name: str
+    function: RewardFunction
+
+    def __call__(self, answers: Answers) -> Tensor:
+        columns = _further_parameters(self.function)
+        found = []
+        for prompt, texts in zip(answers.prompts, answers.texts, strict=True):
+            if lacking := [name for name in columns if name not in prompt.columns]:
+                raise ValueError(
+                    f"The reward {self.name!r} takes `{lacking[0]}`, but {prompt.row.place} has no such column; it has "
+                    f"{', '.join(sorted(prompt.columns))}. Rename the parameter, or choose columns with `columns`."
+                )
+            given = {name: prompt.columns[name] for name in columns}
+            found += [self._checked(self.function(prompt.text, text, **given)) for text in texts]
+        return torch.tensor(found, dtype=torch.float32)
+
+    def to(self, device: torch.device) -> None:
+        """A function has no weights."""
+
+    def _checked(self, score: object) -> float:
+        if isinstance(score, bool) or not isinstance(score, Real):
+            found = f"{score!r} ({type(score).__name__})"
+            raise TypeError(f"{self.name!r} returned {found} for a response; it must return a number.")
+        return float(score)
+
+
+class ModelReward:
+    """Reward models on the policy's own tokens where the tokenizers agree, else on the text.
+
+    Args:
+        models: Sequence classifiers; the labels of one and the models of several are members of one ensemble.
+        tokenizer: Of the reward models; `None` where it is that of the policy.
+        how: How the members' scores become one reward.
+        coefficient: Weight of the variance in `uwo`.
+        batch_size: Most responses of one forward pass.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        how: How = "mean",
+        coefficient: float = 0.5,
+        batch_size: int = 64,
+    ) -> None:
+        self.models = list(models)
+        self.tokenizer = tokenizer
+        self.how = how
+        self.coefficient = coefficient
+        self.batch_size = batch_size
+        for model in self.models:
+            model.eval()
+            model.requires_grad_(False)
+
+    def __call__(self, answers: Answers) -> Tensor:
+        groups = answers.groups if self.tokenizer is None else _retokenized(self.tokenizer, answers)
+        members = torch.cat([self._scores(model, groups) for model in self.models])
+        return ensemble_reward(members, self.how, self.coefficient)
+
+    def to(self, device: torch.device) -> None:
+        for model in self.models:
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps the method of torch
+
+    def _scores(self, model: PreTrainedModel, groups: Sequence[PromptGroup]) -> Tensor:
+        """Scores by the members that one model holds, [K, R]."""
+        if not _reads_tokens(model):
+            sequences = [[*group.prompt.tolist(), *ids.tolist()] for group in groups for ids in group.responses]
+            return sequence_scores(model, sequences, batch_size=self.batch_size)[None].to(model.device)
+        with evaluating(model):
+            batches = [GroupBatch.from_groups(some).to(model.device) for some in _in_batches(groups, self.batch_size)]
+            return torch.cat([response_scores(model, batch).members for batch in batches], dim=1)
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A sum of rewards, each with its weight; a term of weight 0 is not computed."""
+
+    terms: Sequence[tuple[float, Reward]]
+
+    def __call__(self, answers: Answers) -> Tensor:
+        return torch.stack([weight * term(answers).float().cpu() for weight, term in self.terms if weight]).sum(0)
+
+    def to(self, device: torch.device) -> None:
+        for _, term in self.terms:
+            term.to(device)
+
+
+def load_reward(
+    spec: RewardSpec,
+    tokenization: Tokenization,
+    *,
+    how: How = "mean",
+    coefficient: float = 0.5,
+    flaw: Flaw | None = None,
+    dtype: Dtype = "float32",
+    batch_size: int = 64,
+) -> Reward:
+    """The reward that is named, see the table above.
+
+    Args:
+        spec: Name, list of names, or weights by name.
+        tokenization: How prompts and responses of the policy are written, without limits of length.
+        how: How the members of an ensemble become one reward.
+        coefficient: Weight of the variance in `uwo`.
+        flaw: Of `playground:proxy`.
+        dtype: Of the weights of reward models.
+        batch_size: Most responses of one forward pass of a reward model.
+    """
+    if isinstance(spec, Mapping):
+        if not any(spec.values()):
+            raise ValueError(f"The weighted reward {spec!r} has no term with a weight other than 0.")
+        terms = [
+            (float(weight), load_reward(name, tokenization, how=how, flaw=flaw, dtype=dtype, batch_size=batch_size))
+            for name, weight in spec.items()
+            if weight
+        ]
+        return WeightedSum(terms)
+    names = [spec] if isinstance(spec, str) else list(spec)
+    functions = [function_named(name, flaw) for name in names]
+    if len(names) == 1 and functions[0] is not None:
+        return FunctionReward(names[0], functions[0])
+    if not names or any(function is not None for function in functions):
+        raise ValueError(
+            f"A list of rewards is an ensemble of reward models, folders or hub ids; got {names!r}. To add up other rewards give "
+            "their weights: `{name: weight}`."
+        )
+    tokenizers = [load_tokenizer(name) for name in names]
+    keys = [Tokenization(each).digest() for each in tokenizers]
+    if len(set(keys)) > 1:
+        raise ValueError(f"The reward models {', '.join(names)} have different tokenizers; an ensemble needs one.")
+    own = None if keys[0] == tokenization.digest() else tokenizers[0]
+    models = [_load_classifier(name, dtype) for name in names]
+    for model, its in zip(models, tokenizers, strict=True):
+        check_vocabulary(model, its)
+    num_members = sum(int(model.config.num_labels) for model in models)
+    if how != "mean" and num_members == 1:
+        raise ValueError(
+            f"`aggregate: {how}` compares the members of an ensemble, but {names[0]!r} has one. Give a list of reward models or "
+            "one with several heads, or leave `aggregate` out."
+        )
+    return ModelReward(models, own, how=how, coefficient=coefficient, batch_size=batch_size)
+
+
+def is_model_reward(spec: RewardSpec) -> bool:
+    """Whether a name, or a list of names, stands for reward models and not for functions."""
+    names = [spec] if isinstance(spec, str) else list(spec)
+    return not any(is_playground(name) or _FUNCTION.fullmatch(name) for name in names)
+
+
+def function_named(name: str, flaw: Flaw | None = None) -> RewardFunction | None:
+    """The function behind `module:function` or a reward of the playground; `None` for a model.
+
+    Args:
+        name: As on the command line.
+        flaw: Of `playground:proxy`.
+    """
+    if is_playground(name):
+        if name not in _PLAYGROUND:
+            raise ValueError(f"Unknown reward {name!r} of the playground; known: {', '.join(_PLAYGROUND)}.")
+        if name == "playground:gold":
+            return gold_reward
+        return _proxy("length" if name == "playground:length" else flaw)
+    if _FUNCTION.fullmatch(name) is None:
+        return None
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"There is no Python module {module_name!r} for the reward {name!r}; run in its folder, or put that on PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"The module {module_name!r} has no function {function_name!r}, which the reward {name!r} names.")
+    found: RewardFunction = function
+    return found
+
+
+def _proxy(flaw: Flaw | None) -> RewardFunction:
+    def proxy(prompt: Text, response: str) -> float:
+        return proxy_reward(prompt, response, flaw)
+
+    return proxy
+
+
+def _further_parameters(function: RewardFunction) -> list[str]:
+    """Names of the parameters behind prompt and response that have no default."""
+    _, _, *rest = inspect.signature(function).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in rest if p.kind not in variable and p.default is inspect.Parameter.empty]
+
+
+def _load_classifier(name: str, dtype: Dtype) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    if config.num_labels == 1:
+        return load_reward_model(name, dtype=dtype)
+    return build_reward_model(name, dtype=dtype)
+
+
+def _reads_tokens(model: PreTrainedModel) -> bool:
+    """Whether a linear head named `score` reads the states of single tokens, as in all decoders of transformers."""
+    return isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
+
+
+def _in_batches(groups: Sequence[PromptGroup], batch_size: int) -> list[list[PromptGroup]]:
+    """Whole groups, at most `batch_size` responses together unless one alone has more."""
+    batches: list[list[PromptGroup]] = []
+    room = 0
+    for group in groups:
+        if len(group.responses) > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(group)
+        room -= len(group.responses)
+    return batches
+
+
+def _retokenized(tokenizer: PreTrainedTokenizerBase, answers: Answers) -> list[PromptGroup]:
+    """Prompts and responses in the reward model's own tokens and template; only what ended has an end token."""
+    tokenization = Tokenization(tokenizer)
+    silent = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    found = []
+    for prompt, texts, ended in zip(answers.prompts, answers.texts, answers.ended, strict=True):
+        as_messages = not isinstance(prompt.text, str)
+        # A policy may well say nothing; a row of the data may not.
+        spoken = tuple(text for text in texts if text.strip())
+        responses = tuple([{"role": "assistant", "content": text}] if as_messages else text for text in spoken)
+        if spoken:
+            bare = Row(
+                place=prompt.row.place,
+                prompt=prompt.text,
+                responses=responses,
+                tools=prompt.row.tools,
+                chat_template_kwargs=prompt.row.chat_template_kwargs,
+            )
+            group = tokenization(bare, prompt.row_id)
+            prompt_ids, ids_of = group.prompt, dict(zip(spoken, group.responses, strict=True))
+        else:
+            prompt_ids, ids_of = tokenization.prompt_ids(prompt.row), {}
+        written = [ids_of.get(text, silent) for text in texts]
+        cut = [ids if has_ended or len(ids) == 1 else ids[:-1] for ids, has_ended in zip(written, ended, strict=True)]
+        found.append(PromptGroup(row_id=prompt.row_id, prompt=prompt_ids, responses=tuple(cut)))
+    return found

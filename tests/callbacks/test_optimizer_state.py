@@ -1,0 +1,449 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pref.callbacks.optimizer_state import REFUSED, dequantized, momentum_state, zero_code
+from lightning_pref.callbacks.update_parts import ScaledRates, Snapshot, drop_gradients, local_gradients, squared_norm
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+
+Make = Callable[[Any], Optimizer]
+optim = torch.optim
+
+TORCH: dict[str, Make] = {
+    "Adam": lambda p: optim.Adam(p, lr=0.01),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "AdamW single-tensor": lambda p: optim.AdamW(p, lr=0.01, foreach=False),
+    "AdamW foreach": lambda p: optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW fused": lambda p: optim.AdamW(p, lr=0.01, fused=True),
+    "AdamW amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True),
+    "AdamW amsgrad fused": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True, fused=True),
+    "AdamW tensor lr": lambda p: optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
+    "Adam decoupled": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    "NAdam": lambda p: optim.NAdam(p, lr=0.01),
+    "NAdam foreach": lambda p: optim.NAdam(p, lr=0.01, foreach=True),
+    "RAdam": lambda p: optim.RAdam(p, lr=0.01),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "SGD": lambda p: optim.SGD(p, lr=0.01, momentum=0.9),
+    "SGD dampened": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, dampening=0.5),
+    "SGD nesterov fused": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, fused=True),
+}
+needs_bnb = pytest.mark.skipif(bnb is None, reason="the extra 'bnb' is not installed")
+BNB: dict[str, Make] = {
+    "bnb Adam8bit": lambda p: bnb.optim.Adam8bit(p, lr=0.01),
+    "bnb AdamW8bit": lambda p: bnb.optim.AdamW8bit(p, lr=0.01, weight_decay=0.1),
+    "bnb PagedAdamW8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=0.01),
+    "bnb AdamW 32 bit": lambda p: bnb.optim.AdamW(p, lr=0.01),
+}
+EVERY = {**TORCH, **BNB}
+
+
+def eight_bit(name: str) -> Make:
+    """An optimiser of bitsandbytes that is looked up when it is built."""
+
+    def build(parameters: Any) -> Optimizer:
+        optimizer: Optimizer = getattr(bnb.optim, name)(parameters)
+        return optimizer
+
+    return build
+
+
+def optimizers(*without: str) -> list[Any]:
+    """Names of all optimisers but those that begin with some words."""
+    names = [name for name in EVERY if not name.startswith(without)] if without else list(EVERY)
+    return [pytest.param(name, marks=needs_bnb if name in BNB else ()) for name in names]
+
+
+every_optimizer = pytest.mark.parametrize("name", optimizers())
+# CPU has no paging, which bitsandbytes says once per optimiser.
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    """A matrix of 8192 entries, which 8-bit optimisers quantise, and a vector, which they do not."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(64, 128, generator=generator)), nn.Parameter(torch.randn(10, generator=generator))]
+
+
+def give_gradients(params: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(100 + seed)
+    for parameter in params:
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def trained(make: Make, updates: int = 5) -> tuple[list[nn.Parameter], Optimizer]:
+    params = parameters()
+    optimizer = make(params)
+    for update in range(updates):
+        give_gradients(params, update)
+        optimizer.step()
+    return params, optimizer
+
+
+def flat(params: list[nn.Parameter]) -> Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in params])
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{index}/{key}": value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+        for index, state in enumerate(optimizer.state.values())
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def fresh_twin(make: Make, params: list[nn.Parameter]) -> tuple[list[nn.Parameter], Optimizer]:
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in params]
+    return twins, make(twins)
+
+
+@every_optimizer
+@pytest.mark.parametrize("ramp", [1.0, 0.01])
+def test_O4_updates_after_a_reset_are_those_of_a_fresh_optimizer(name: str, ramp: float) -> None:
+    """At the same learning rate times ramp, for several updates, so that counters and maxima are seen to restart."""
+    params, optimizer = trained(EVERY[name])
+    moments = momentum_state(optimizer)
+    moments.reset(first=True, second=True, restart=True)
+    twins, fresh = fresh_twin(EVERY[name], params)
+    assert torch.equal(flat(params), flat(twins))
+    for update in range(4):
+        for own, opt in ((params, optimizer), (twins, fresh)):
+            give_gradients(own, 50 + update)
+            rates = ScaledRates(momentum_state(opt))
+            rates.scale(ramp)
+            opt.step()
+            rates.restore()
+        assert torch.equal(flat(params), flat(twins)), update
+    start = parameters()
+    assert (flat(params) - flat(start)).abs().max() > 1e-6, "there was something to compare"
+
+
+@every_optimizer
+def test_O4_a_reset_without_restart_keeps_the_counters(name: str) -> None:
+    _, optimizer = trained(EVERY[name])
+    before = state_tensors(optimizer)
+    momentum_state(optimizer).reset(first=True, second=True, restart=False)
+    after = state_tensors(optimizer)
+    for key in [key for key in before if key.endswith(("step", "mu_product"))]:
+        assert torch.equal(before[key], after[key]), key
+
+
+@pytest.mark.parametrize("name", optimizers("SGD", "RMSprop"))
+def test_O4_the_first_moment_alone_can_be_reset(name: str) -> None:
+    _, optimizer = trained(EVERY[name])
+    before = state_tensors(optimizer)
+    momentum_state(optimizer).reset(first=True, second=False, restart=False)
+    after = state_tensors(optimizer)
+    changed = {key.split("/")[1] for key in before if not torch.equal(before[key], after[key])}
+    assert changed in ({"exp_avg"}, {"state1"}, {"state1", "absmax1"})
+
+
+@pytest.mark.parametrize("name", optimizers("SGD"))
+def test_O4_the_second_moment_alone_can_be_reset(name: str) -> None:
+    _, optimizer = trained(EVERY[name])
+    before = state_tensors(optimizer)
+    momentum_state(optimizer).reset(first=False, second=True, restart=False)
+    after = state_tensors(optimizer)
+    changed = {key.split("/")[1] for key in before if not torch.equal(before[key], after[key])}
+    assert changed in (
+        {"exp_avg_sq"},
+        {"exp_avg_sq", "max_exp_avg_sq"},
+        {"exp_inf"},
+        {"square_avg", "grad_avg"},
+        {"state2"},
+        {"state2", "absmax2"},
+    )
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", "AdamW amsgrad", "NAdam", "RAdam", "RMSprop"])
+def test_the_second_moment_is_the_mean_of_squared_gradients(name: str) -> None:
+    params, optimizer = trained(TORCH[name], updates=0)
+    moments = momentum_state(optimizer)
+    assert moments.squares(params[0]) is None, "no state before the first update, and none made by asking"
+    assert not optimizer.state
+    mean = torch.zeros(64, 128, dtype=torch.float64)
+    decay = moments.betas(optimizer.param_groups[0])[1]
+    for update in range(3):
+        give_gradients(params, update)
+        assert params[0].grad is not None
+        mean = decay * mean + (1 - decay) * params[0].grad.double().square()
+        optimizer.step()
+    squares = moments.squares(params[0])
+    assert squares is not None
+    assert torch.allclose(squares.double(), mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", pytest.param("bnb AdamW8bit", marks=needs_bnb)])
+def test_the_corrected_second_moment_is_free_of_bias(name: str) -> None:
+    params = parameters()
+    optimizer = EVERY[name](params)
+    for _ in range(4):
+        give_gradients(params, 0)
+        optimizer.step()
+    assert params[1].grad is not None
+    corrected = momentum_state(optimizer).corrected_squares(params[1], optimizer.param_groups[0])
+    assert corrected is not None
+    assert torch.allclose(corrected, params[1].grad.square(), rtol=1e-4)
+
+
+# bitsandbytes.
+
+
+@needs_bnb
+def test_O3_quantised_moments_are_read_as_bitsandbytes_reads_them() -> None:
+    params, optimizer = trained(BNB["bnb AdamW8bit"])
+    moments = momentum_state(optimizer)
+    state = optimizer.state[params[0]]
+    assert state["state2"].dtype == torch.uint8
+    expected = bnb.functional.dequantize_blockwise(state["state2"], absmax=state["absmax2"], code=state["qmap2"], blocksize=256)
+    found = moments.squares(params[0])
+    assert found is not None
+    assert torch.allclose(found, expected.view_as(found))
+    small = moments.squares(params[1])
+    assert small is optimizer.state[params[1]]["state2"], "below min_8bit_size moments are plain float32"
+
+
+@needs_bnb
+@pytest.mark.parametrize("size", [(64, 128), (5000,), (4097,)])
+def test_O3_values_of_codes_are_map_times_scale_of_the_block(size: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(size, generator=generator)
+    codes, quantised = bnb.functional.quantize_blockwise(values, blocksize=256)
+    expected = [
+        quantised.code[int(code)].item() * quantised.absmax[i // 256].item() for i, code in enumerate(codes.flatten().tolist())
+    ]
+    found = dequantized(codes, quantised.code, quantised.absmax)
+    assert found.shape == values.shape
+    assert found.flatten().tolist() == pytest.approx(expected)
+
+
+@needs_bnb
+def test_O3_zero_is_a_code_in_the_middle_of_the_signed_map_and_not_code_zero() -> None:
+    signed, unsigned = bnb.functional.create_dynamic_map(signed=True), bnb.functional.create_dynamic_map(signed=False)
+    assert signed[zero_code(signed).long()] == 0
+    assert unsigned[zero_code(unsigned).long()] == 0
+    assert signed[0] < -0.9
+
+
+@needs_bnb
+@pytest.mark.parametrize("name", ["bnb Adam8bit", "bnb PagedAdamW8bit"])
+def test_O3_reset_codes_mean_nothing_even_when_a_scale_returns(name: str) -> None:
+    params, optimizer = trained(BNB[name])
+    state = optimizer.state[params[0]]
+    naive = copy.deepcopy({key: value for key, value in state.items() if isinstance(value, Tensor)})
+    momentum_state(optimizer).reset(first=True, second=True, restart=True)
+    for number in "12":
+        assert torch.equal(dequantized(state["state" + number], state["qmap" + number], torch.ones(32)), torch.zeros(64, 128))
+        assert (state["absmax" + number] == 0).all()
+    assert dequantized(naive["state1"].zero_(), naive["qmap1"], torch.ones(32)).max() < -0.9, "what zeroed codes would mean"
+    give_gradients(params, 77)
+    optimizer.step()
+    assert flat(params).isfinite().all()
+
+
+@needs_bnb
+def test_O3_state_that_went_through_a_checkpoint_can_be_reset() -> None:
+    params, optimizer = trained(BNB["bnb AdamW8bit"])
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in params]
+    other = BNB["bnb AdamW8bit"](twins)
+    other.load_state_dict(optimizer.state_dict())
+    for opt in (optimizer, other):
+        momentum_state(opt).reset(first=True, second=True, restart=True)
+    for own, opt in ((params, optimizer), (twins, other)):
+        give_gradients(own, 5)
+        opt.step()
+    assert torch.equal(flat(params), flat(twins))
+
+
+@needs_bnb
+def test_O3_state_without_a_scale_per_block_is_refused() -> None:
+    params, optimizer = trained(BNB["bnb AdamW8bit"])
+    state = optimizer.state[params[0]]
+    state["max1"] = state.pop("absmax1")
+    moments = momentum_state(optimizer)
+    message = r"no scale per block \(`absmax1`\): it comes from a bitsandbytes without blockwise quantisation"
+    with pytest.raises(ValueError, match=message):
+        moments.reset(first=True, second=True, restart=True)
+    with pytest.raises(ValueError, match=message):
+        moments.squares(params[0])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("make", "why", "nearest"),
+    [
+        (optim.Adagrad, "learning-rate schedule", "torch.optim.RMSprop"),
+        (optim.Adadelta, "would stop training", "torch.optim.RMSprop"),
+        (optim.Adafactor, "rows and columns", "torch.optim.AdamW"),
+        (optim.LBFGS, "past gradients, not moments", "torch.optim.AdamW"),
+        (optim.SparseAdam, "touched rows only", "torch.optim.AdamW"),
+        (lambda p: optim.SGD(p, lr=0.1), "without momentum it keeps nothing", "torch.optim.SGD with `momentum`"),
+        (optim.Rprop, "how it keeps its momentum is not known", "torch.optim.AdamW"),
+        pytest.param(eight_bit("Lion8bit"), "one size whatever the gradient", "torch.optim.AdamW", marks=needs_bnb),
+        pytest.param(eight_bit("PagedLion8bit"), "one size whatever the gradient", "torch.optim.AdamW", marks=needs_bnb),
+        pytest.param(eight_bit("AdEMAMix8bit"), "second, slow momentum", "AdamW8bit of bitsandbytes", marks=needs_bnb),
+        pytest.param(eight_bit("LAMB8bit"), "by layer after the moments", "AdamW8bit of bitsandbytes", marks=needs_bnb),
+    ],
+)
+def test_other_optimizers_are_refused_with_the_reason_and_what_comes_nearest(make: Make, why: str, nearest: str) -> None:
+    optimizer = make(parameters())
+    name = type(optimizer).__name__
+    with pytest.raises(ValueError, match=rf"cannot reset \S*\.{name}: .*{why}.* It supports Adam, AdamW") as caught:
+        momentum_state(optimizer)
+    assert str(caught.value).endswith(f"The nearest of these is {nearest}.")
+
+
+def test_what_is_no_optimizer_of_torch_is_refused() -> None:
+    class DeepSpeedZeroOptimizer:
+        """Named as the engine's own, which is no subclass of torch's."""
+
+    with pytest.raises(ValueError, match=r"DeepSpeedZeroOptimizer: the engine keeps moments in partitions of its own"):
+        momentum_state(DeepSpeedZeroOptimizer())
+
+
+def test_every_reason_is_given_in_a_test() -> None:
+    assert set(REFUSED) == {
+        "Adagrad", "Adadelta", "Adafactor", "AdEMAMix", "DeepSpeed", "LAMB", "LBFGS", "Lion", "SGD", "SparseAdam"
+    }  # fmt: skip
+
+
+# Skipping a step.
+
+
+@every_optimizer
+def test_without_gradients_a_step_changes_neither_weights_nor_state(name: str) -> None:
+    params, optimizer = trained(EVERY[name])
+    weights, state = flat(params), state_tensors(optimizer)
+    give_gradients(params, 9)
+    drop_gradients(optimizer)
+    optimizer.step()
+    assert torch.equal(flat(params), weights)
+    after = state_tensors(optimizer)
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+
+
+def test_zero_gradients_would_be_no_skip() -> None:
+    params, optimizer = trained(TORCH["AdamW"])
+    weights = flat(params)
+    give_gradients(params, 9, scale=0.0)
+    optimizer.step()
+    assert not torch.equal(flat(params), weights)
+
+
+# Learning rates for one step.
+
+
+@every_optimizer
+def test_a_learning_rate_of_nearly_zero_stops_the_weights_whatever_the_optimizer(name: str) -> None:
+    """An optimiser that read its learning rate before the closure would go on at full speed."""
+    params, optimizer = trained(EVERY[name])
+    rates = ScaledRates(momentum_state(optimizer))
+    before = flat(params)
+
+    def closure() -> None:
+        give_gradients(params, 30)
+        rates.scale(1e-12)
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    rates.restore()
+    group = optimizer.param_groups[0]
+    decay = float(group["lr"]) * group["weight_decay"] if momentum_state(optimizer).decouples_decay(group) else 0.0
+    assert torch.allclose(flat(params), before * (1 - decay), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam decoupled", pytest.param("bnb AdamW8bit", marks=needs_bnb)])
+def test_decoupled_decay_stays_the_same_while_the_learning_rate_is_scaled(name: str) -> None:
+    params, optimizer = trained(EVERY[name])
+    rates = ScaledRates(momentum_state(optimizer))
+    for factor in (0.01, 1.0):
+        before = flat(params)
+        for parameter in params:
+            parameter.grad = torch.zeros_like(parameter)
+        momentum_state(optimizer).reset(first=True, second=True, restart=True)
+        rates.scale(factor)
+        optimizer.step()
+        rates.restore()
+        assert torch.allclose(flat(params), before * (1 - 0.01 * 0.1), rtol=1e-6), "lr * weight_decay, without a ramp"
+
+
+def test_decay_in_the_gradient_is_left_alone() -> None:
+    optimizer = optim.Adam(parameters(), lr=0.01, weight_decay=0.1)
+    rates = ScaledRates(momentum_state(optimizer))
+    rates.scale(0.5)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.005, 0.1)
+
+
+def test_rates_are_put_back_bit_for_bit_and_once() -> None:
+    for make in (TORCH["AdamW"], TORCH["AdamW tensor lr"]):
+        optimizer = make(parameters())
+        before = copy.deepcopy({key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")})
+        held = optimizer.param_groups[0]["lr"]
+        rates = ScaledRates(momentum_state(optimizer))
+        rates.scale(0.3)
+        rates.restore()
+        assert {key: optimizer.param_groups[0][key] for key in before} == before
+        assert optimizer.param_groups[0]["lr"] is held or not isinstance(held, Tensor), "a captured step reads this tensor"
+        optimizer.param_groups[0]["lr"] = 7.0
+        rates.restore()
+        assert optimizer.param_groups[0]["lr"] == 7.0, "what was put back is not put back again"
+
+
+# Norms and snapshots.
+
+
+def test_the_squared_norm_is_over_all_gradients_and_never_overflows() -> None:
+    params, optimizer = trained(TORCH["AdamW"])
+    give_gradients(params, 1, scale=1e25)
+    owned = [(gradient.parameter, gradient.values) for gradient in local_gradients(optimizer)]
+    expected = sum(parameter.grad.double().square().sum().item() for parameter in params if parameter.grad is not None)
+    assert squared_norm(owned, world_size=1).item() == pytest.approx(expected)
+    assert squared_norm(owned, world_size=4).item() == pytest.approx(expected / 4), "four replicas add up to one"
+    assert squared_norm(owned, world_size=4, flat_shards=4).item() == pytest.approx(expected), "four shards each count"
+
+
+@every_optimizer
+@pytest.mark.parametrize("where", ["cpu", "device"])
+def test_a_snapshot_brings_back_weights_and_state(name: str, where: Any) -> None:
+    params, optimizer = trained(EVERY[name])
+    snapshot = Snapshot(optimizer, where)
+    assert snapshot.is_empty
+    snapshot.take()
+    weights, state = flat(params), state_tensors(optimizer)
+    for update in range(20, 23):
+        give_gradients(params, update, scale=1e3)
+        optimizer.step()
+    snapshot.restore()
+    assert torch.equal(flat(params), weights)
+    after = state_tensors(optimizer)
+    assert state.keys() == after.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+    give_gradients(params, 40)
+    optimizer.step()
+    assert not torch.equal(flat(params), weights), "a snapshot that is used stays as it was"
+    snapshot.restore()
+    assert torch.equal(flat(params), weights)
+
+
+def test_a_snapshot_from_before_the_first_update_has_no_state_to_bring_back() -> None:
+    params, optimizer = trained(TORCH["AdamW"], updates=0)
+    snapshot = Snapshot(optimizer, "cpu")
+    snapshot.take()
+    give_gradients(params, 0)
+    optimizer.step()
+    snapshot.restore()
+    assert not any(optimizer.state[parameter] for parameter in params)
