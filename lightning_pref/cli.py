@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_pref.callbacks import GoldReward, Throughput
 from lightning_pref.callbacks.hosts import ALERTS_FILE
+from lightning_pref.callbacks.throughput import Work, group_work
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.playground_source import is_playground
 from lightning_pref.models.presets import is_preset
@@ -73,6 +74,9 @@ class Recipe(NamedTuple):
     before: Callable[[Namespace, Path], None] = lambda config, folder: None
     # Further callbacks for this configuration.
     callbacks: Callable[[Namespace], list[Callback]] = lambda config: []
+    data: type[L.LightningDataModule] = PreferenceData
+    # Size of a batch of that data, for the throughput.
+    work: Callable[[Any], Work] = group_work  # Any: a batch of the recipe's own data
 
 
 class RunResult(NamedTuple):
@@ -116,7 +120,7 @@ class RecipeCLI(LightningCLI):
         self.record = RunRecord()
         super().__init__(
             recipe.module,
-            PreferenceData,
+            recipe.data,
             seed_everything_default=0,
             save_config_callback=RunConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -181,7 +185,11 @@ class RecipeCLI(LightningCLI):
                 TensorBoardLogger(root, name="", version=version),
                 CSVLogger(root, name="", version=version),
             ]
-        callbacks: list[Callback] = [StartLine(self.recipe.name, self.folder), Throughput(), *self.recipe.callbacks(self.config)]
+        callbacks: list[Callback] = [
+            StartLine(self.recipe.name, self.folder),
+            Throughput(self.recipe.work),
+            *self.recipe.callbacks(self.config),
+        ]
         given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         if asked.logger is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -191,7 +199,9 @@ class RecipeCLI(LightningCLI):
             # In a file or a pipe a bar is a heap of control characters.
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             callbacks += [RunProgressBar()] if sys.stdout.isatty() else []
-        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        # What the user gives with settings of their own takes the place of ours.
+        mine = [callback for callback in callbacks if not any(type(callback) is type(other) for other in given)]
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": mine}
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
         trainer.loggers.append(self.record)
         return trainer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,6 +72,9 @@ class TaskSwitch(Observation):
     task: str
 
 
+ObservationT = TypeVar("ObservationT", bound=Observation)
+
+
 class Observer(ABC):
     """What a callback inherits to receive observations."""
 
@@ -106,11 +109,22 @@ def required_fields(kind: type[Observation]) -> list[str]:
     return [f.name for f in fields(kind) if f.default is MISSING]
 
 
+def detached(observation: ObservationT) -> ObservationT:
+    """The same observation, its tensors cut off from the graph they came from."""
+    values = {f.name: getattr(observation, f.name) for f in fields(observation)}
+    return replace(observation, **{name: value.detach() for name, value in values.items() if isinstance(value, Tensor)})
+
+
 def _attached_trainer(module: LightningModule) -> Trainer | None:
     try:
         trainer = module.trainer
     except RuntimeError:  # Lightning's answer for a module that no Trainer runs
         return None
+    except AttributeError:
+        raise TypeError(
+            f"`observe` takes the LightningModule that is running, got a {type(module).__name__}. In the loss of a transformers "
+            "Trainer call `lightning_pref.integrations.transformers.observe(trainer, ...)`."
+        ) from None
     return None if trainer.sanity_checking else trainer
 
 
@@ -146,11 +160,10 @@ def observe(module: LightningModule, observation: Observation, *, source: str | 
     listeners = list(_listeners(trainer, type(observation)))
     if not listeners:
         return
-    tensors = {f.name: getattr(observation, f.name) for f in fields(observation)}
-    detached = replace(observation, **{name: t.detach() for name, t in tensors.items() if isinstance(t, Tensor)})
+    evidence = detached(observation)
     with torch.no_grad():
         for listener in listeners:
-            listener.on_observation(trainer, trainer.lightning_module, detached, source or _stage(trainer))
+            listener.on_observation(trainer, trainer.lightning_module, evidence, source or _stage(trainer))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

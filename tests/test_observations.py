@@ -117,3 +117,8 @@ def test_an_observer_that_raises_stops_the_step(tmp_path: Any) -> None:
 def test_tensors_of_different_lengths_are_refused_with_their_shapes() -> None:
     with pytest.raises(ValueError, match=r"PairObservation share their first dimension.*'row_ids': \(3,\)"):
         PairObservation(chosen_logps=torch.zeros(2), rejected_logps=torch.zeros(2), row_ids=torch.arange(3))
+
+
+def test_something_that_is_no_lightning_module_is_named_with_what_to_call_instead() -> None:
+    with pytest.raises(TypeError, match=r"takes the LightningModule that is running, got a Linear.*transformers"):
+        observe(torch.nn.Linear(1, 1), RewardObservation(rewards=torch.ones(1), prompt_ids=torch.zeros(1)))  # type: ignore[arg-type]

@@ -51,6 +51,10 @@ class Host(Protocol):
     def world_size(self) -> int:
         """Number of processes."""
 
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What guards against overflows of float16 by scaling the loss, where something does."""
+
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Hand values to every logger, at `step`. Tensors are fetched from the device together, once."""
 
@@ -116,6 +120,11 @@ class LightningHost:
     @property
     def world_size(self) -> int:
         return self.trainer.world_size
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         numbers = as_floats(values)

@@ -178,6 +178,11 @@ class Probe(Diagnostic):
         """Under which the observations are published."""
         return f"probe/{self.name}"
 
+    @property
+    def probing_seconds(self) -> float:
+        """Time spent on measuring so far."""
+        return self.budget.spent
+
     @override
     def start(self, host: Host) -> None:
         self.budget.start()

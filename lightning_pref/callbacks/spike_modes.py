@@ -15,8 +15,15 @@ from lightning_pref.callbacks.hosts import Host
 from lightning_pref.callbacks.optimizer_state import Group
 from lightning_pref.callbacks.spike_ladder import Ladder, Rung
 from lightning_pref.callbacks.spike_track import Track, UpdateParts
-from lightning_pref.callbacks.update_parts import LocalGradient, Snapshot, WeightCopy, drop_gradients, squared_norm
-from lightning_pref.measures.spikes import RobustDetector, spike_clip
+from lightning_pref.callbacks.update_parts import (
+    LocalGradient,
+    Snapshot,
+    WeightCopy,
+    drop_gradients,
+    reads_are_free,
+    squared_norm,
+)
+from lightning_pref.measures.spikes import RobustDetector, peak_ratio, spike_clip
 
 Signal = Literal["loss", "grad_norm", "update_norm"]
 SIGNALS: tuple[Signal, ...] = get_args(Signal)
@@ -85,6 +92,7 @@ class SpamMode(Mode):
         self.guard_steps = guard_steps
         self.restart = restart
         self.strict = strict
+        self._known: set[int] = set()  # ids of parameters whose every coordinate has a second moment
         self._clear()
 
     def _clear(self) -> None:
@@ -112,6 +120,7 @@ class SpamMode(Mode):
         if self.reset_every and (track.updates + 1) % self.reset_every == 0:
             track.reset(restart=self.restart)
             track.is_ramping = True
+            self._known.clear()
             self._resets += 1
         self._prepared += 1
         self._sums = self._sums.to(host.device)
@@ -125,13 +134,26 @@ class SpamMode(Mode):
 
     def _clip(self, track: Track, gradient: LocalGradient) -> None:
         squares = self._squares(track, gradient.parameter, gradient.group)
-        if squares is None:
+        if squares is None or not squares.numel():
             return
+        if reads_are_free(squares) and gradient.values.dtype == squares.dtype:
+            # Nearly always there is nothing to cut.
+            peak = peak_ratio(gradient.values, squares)
+            if peak <= self.threshold:
+                self._sums[1] += squares.numel() if self._all_known(gradient.parameter, squares) else squares.count_nonzero()
+                self._max_ratio = torch.maximum(self._max_ratio, peak.double())
+                return
         clip = spike_clip(gradient.values, squares, threshold=self.threshold, strict=self.strict)
         gradient.values.copy_(clip.gradient)
         self._sums[0] += clip.num_clipped
         self._sums[1] += clip.num_active
         self._max_ratio = torch.maximum(self._max_ratio.to(clip.max_ratio.device), clip.max_ratio.double())
+
+    def _all_known(self, parameter: Tensor, squares: Tensor) -> bool:
+        """Whether every coordinate counts as active; once each has a second moment, that stays so until a reset."""
+        if not self.strict and id(parameter) not in self._known and squares.count_nonzero() == squares.numel():
+            self._known.add(id(parameter))
+        return self.strict or id(parameter) in self._known
 
     def _squares(self, track: Track, parameter: Tensor, group: Group) -> Tensor | None:
         squares = track.moments.squares(parameter)

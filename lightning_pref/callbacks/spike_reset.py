@@ -223,7 +223,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
     def before_backward(self, host: Host, loss: Tensor) -> None:
         self._heard_backward = True
         if self.policy.measures_on_host:
-            scaler = loss_scaler(host)
+            scaler = host.scaler
             loss = loss.double() / (scaler.get_scale() if scaler is not None else 1.0)
             self._loss = loss if self._loss is None else self._loss + loss
 
@@ -245,7 +245,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
             self._record(host, track, answer)
 
     def _prepare(self, host: Host, track: Track) -> Answer | None:
-        scaler = loss_scaler(host)
+        scaler = host.scaler
         if scaler is not None:
             _refuse_fused(track.optimizer)
             if not self._heard_backward and _is_automatic(host):
@@ -389,14 +389,6 @@ class SpikeAwareOptimizerReset(Diagnostic):
         if state["tracks"] and self.mode in state:
             self.policy.load(state[self.mode])
         self._overflows = int(state["overflows"])
-
-
-def loss_scaler(host: Host) -> torch.amp.GradScaler | None:
-    """The scaler that guards against overflows of float16, where there is one."""
-    if not isinstance(host, LightningHost):
-        return None
-    scaler: torch.amp.GradScaler | None = getattr(host.trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def _is_automatic(host: Host) -> bool:

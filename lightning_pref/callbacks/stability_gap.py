@@ -309,10 +309,15 @@ class StabilityGapEvaluator(Diagnostic, Observer):
             f"{floors[name]:.2g}); the dip began at update {gap.onset} and {ended}."
         )
 
+    @property
+    def probing_seconds(self) -> float:
+        """Time spent on evaluating so far, the dense parts included."""
+        return self.budget.spent + self._dense.spent
+
     def time_share(self) -> float:
         """Seconds of evaluation per second of training, as of the last evaluation; `nan` before any training."""
         wall = max(clock.trained + clock.spent for clock in (self.budget, self._dense))
-        spent = self.budget.spent + self._dense.spent
+        spent = self.probing_seconds
         return spent / (wall - spent) if wall > spent else math.nan
 
     # State.

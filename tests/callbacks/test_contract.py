@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from lightning_pref.callbacks.entanglement import GradientObservation
 from lightning_pref.callbacks.stability_gap import ProbeScores
 from lightning_pref.callbacks.throughput import Work
 from lightning_pref.models.first_difference import FirstDifferenceObservation
+from lightning_pref.reports import RunRecord
 
 
 class Publisher(L.LightningModule):
@@ -156,13 +158,14 @@ CASES: dict[str, Callable[[], Callback]] = {
     "RewardModelProbe": lambda: RewardModelProbe("fixed", [FIXED], score_rewards, every_n_updates=2, budget=None),
     "RewardVarianceMonitor": lambda: RewardVarianceMonitor(every_n_updates=2),
     "SpikeAwareOptimizerReset": lambda: SpikeAwareOptimizerReset(reset_every=4, warmup_steps=2, guard_steps=1, threshold=2.0),
+    "SpikeAwareOptimizerReset(evidence)": lambda: SpikeAwareOptimizerReset("evidence", guard_steps=1, min_history=4),
     "StabilityGapEvaluator": lambda: StabilityGapEvaluator(
         tasks={"old": [FIXED]}, score=score_examples, kind="loss", dense_updates=3, budget=None
     ),
     "Throughput": lambda: Throughput(lambda batch: Work(tokens=batch.numel(), rows=len(batch))),
 }
 # They act on training by their name; everything else must not.
-ACTING = {"SpikeAwareOptimizerReset"}
+ACTING = {"SpikeAwareOptimizerReset", "SpikeAwareOptimizerReset(evidence)"}
 # What consumes observations is fed by the module; a probe alone would have nobody to tell.
 COMPANIONS: dict[str, Callable[[], list[Callback]]] = {
     "EntanglementMonitor": lambda: [Probe("pairs", [FIXED], score_gradients, every_n_updates=2, budget=None)],
@@ -210,7 +213,7 @@ def assert_equal(a: Any, b: Any, where: str = "state") -> None:
 
 def test_every_callback_has_a_case() -> None:
     classes = {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Callback)}
-    assert classes - {"Diagnostic", "Monitor"} == set(CASES)
+    assert classes - {"Diagnostic", "Monitor"} == {name.split("(")[0] for name in CASES}
     assert isinstance(CASES["RewardVarianceMonitor"](), Monitor)
 
 
@@ -249,6 +252,18 @@ def test_C5_a_run_resumed_with_it_ends_as_an_uninterrupted_one(name: str, tmp_pa
     found = weights(train([resumed, *companions(name)], dropout=0.0, resume=str(path)))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+@every_callback
+def test_every_key_it_logs_is_declared(name: str) -> None:
+    callback, record = CASES[name](), RunRecord()
+    train([callback, *companions(name)], logger=record)
+    if isinstance(callback, Diagnostic):
+        patterns = [re.sub(r"<\w+>", "[^/]+", key.name) for key in callback.keys]
+        own = [key for key in record.metrics if callback.prefix in key.split("/") and "mean" not in key.split("/")]
+        undeclared = [key for key in own if not any(re.fullmatch(rf"(probe/\w+/|val/)?{pattern}", key) for pattern in patterns)]
+        assert own
+        assert undeclared == []
 
 
 @every_callback

@@ -259,14 +259,18 @@ def test_a_step_too_large_for_its_learning_rate_is_undone(tmp_path: Path) -> Non
     assert trainer.callback_metrics["spike/update_score"] > 6
 
 
-def test_the_size_of_updates_is_not_judged_right_after_a_reset_nor_on_a_falling_learning_rate(tmp_path: Path) -> None:
-    """Right after a reset steps are sign steps; and a schedule that goes to zero and back changes no score."""
+def test_the_size_of_updates_is_not_judged_right_after_a_reset(tmp_path: Path) -> None:
+    """Steps are sign steps then, larger than those from full moments."""
     callback = evidence(guard_steps=10, ladder=("reset_both",), score_limit=8.0)
-    module = Regression(
-        spikes=[60], schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: abs(math.cos(step / 30)) + 1e-3)
-    )
-    fit(tmp_path, module, [callback], batches(200))
+    fit(tmp_path, Regression(spikes=[60]), [callback], batches(120))
     assert actions(callback) == [(60, "reset_both")]
+
+
+def test_a_step_is_judged_by_its_size_for_its_learning_rate(tmp_path: Path) -> None:
+    callback = evidence(watch=("update_norm",))
+    module = Regression(schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1e-3 if step < 60 else 1.0))
+    fit(tmp_path, module, [callback], batches(90))
+    assert callback.events == []
 
 
 def test_updates_at_a_learning_rate_of_zero_are_not_judged(tmp_path: Path) -> None:
@@ -313,10 +317,14 @@ def test_O1_an_overflow_that_the_scaler_skips_is_no_spike(tmp_path: Path) -> Non
 
 
 def test_O1_a_growing_loss_scale_is_no_spike_and_a_spike_is_seen_under_it(tmp_path: Path) -> None:
-    callback = evidence()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_factor=64.0, growth_interval=24)
-    fit(tmp_path, Regression(spikes=[60]), [callback], batches(70), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert actions(callback) == [(60, "skip")]
+    for watch, spikes, expected in ((("loss",), (), []), (("grad_norm",), (40,), [(40, "skip")])):
+        callback = evidence(watch=watch)
+        # From 1/64 to 256 after 30 updates: an unscaled loss would be seen to jump by a factor of 2^14.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-6, growth_factor=2.0**14, growth_interval=30)
+        module = Regression(spikes=spikes)
+        fit(tmp_path, module, [callback], batches(45), plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        assert actions(callback) == expected
+        assert scaler.get_scale() == 2.0**8
 
 
 def test_a_loss_that_stays_high_is_taken_for_the_new_level(tmp_path: Path) -> None:

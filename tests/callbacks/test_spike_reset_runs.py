@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_pref.callbacks import update_parts
 from lightning_pref.callbacks.spike_reset import SpikeAwareOptimizerReset
 
 # float16 and its loss scaler.
@@ -197,7 +198,10 @@ class CountsQuestions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("correction", ["keep", "restart"])
-def test_M5_between_reports_the_device_is_asked_for_nothing(tmp_path: Path, correction: Any) -> None:
+def test_M5_between_reports_the_device_is_asked_for_nothing(
+    tmp_path: Path, correction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_parts, "FREE_TO_READ", ())  # as on a GPU
     counts = CountsQuestions()
 
     class Counted(SpikeAwareOptimizerReset):
@@ -347,3 +351,24 @@ def test_optimizers_and_trainers_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, Regression(make), [SpikeAwareOptimizerReset(**settings)], batches(2))
+
+
+@pytest.mark.parametrize("correction", ["keep", "restart"])
+def test_a_look_ahead_changes_neither_weights_nor_reports(
+    tmp_path: Path, correction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where numbers are free to read, most tensors are not clipped at all; nothing else may differ."""
+
+    def run() -> tuple[dict[str, Tensor], dict[str, float]]:
+        callback = SpikeAwareOptimizerReset(**{**SHORT_SPAM, "bias_correction": correction})
+        module = Regression(spikes=(20, 33))
+        trainer = fit(tmp_path, module, [callback], batches(40), log_every_n_steps=100)
+        told = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("spike/")}
+        return {name: value.clone() for name, value in module.state_dict().items()}, told
+
+    quick_weights, quick = run()
+    monkeypatch.setattr(update_parts, "FREE_TO_READ", ())
+    exact_weights, exact = run()
+    assert all(torch.equal(quick_weights[name], exact_weights[name]) for name in exact_weights)
+    assert 0 < exact["spike/clipped_fraction"] < 1
+    assert quick == pytest.approx(exact, rel=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import lightning as L
@@ -91,5 +92,6 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "default_root_dir": tempfile.gettempdir(),
     }
     return L.Trainer(**{**defaults, **settings})
