@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lightning_pref.models.reference import AdapterOff, EmaReference, EmaSettings, FrozenCopy, Reference
     from lightning_pref.models.reference_cache import CachedReference, compute_reference_cache, read_reference_cache
     from lightning_pref.models.reference_choice import ReferenceKind, resolve_kind, resolve_reference
+    from lightning_pref.models.reward_exports import export_reward_model
+    from lightning_pref.models.reward_heads import RewardHead, VerbalizerRewardHead
+    from lightning_pref.models.reward_models import ResponseScores, ScoreScale, build_reward_model, response_scores
     from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
 
 # Public name -> the file it lives in.
@@ -48,14 +51,20 @@ _HOMES = {
     "ReferenceDigest": "digests",
     "ReferenceKind": "reference_choice",
     "ResponseLogps": "forward",
+    "ResponseScores": "reward_models",
+    "RewardHead": "reward_heads",
+    "ScoreScale": "reward_models",
+    "VerbalizerRewardHead": "reward_heads",
     "add_lora": "adapters",
     "build_preset": "presets",
+    "build_reward_model": "reward_models",
     "check_vocabulary": "backbones",
     "compute_reference_cache": "reference_cache",
     "count_parameters": "adapters",
     "disable_dropout": "backbones",
     "enable_gradient_checkpointing": "backbones",
     "export": "exports",
+    "export_reward_model": "reward_exports",
     "first_differences": "first_difference",
     "head_inputs": "gradient_inputs",
     "load_model": "backbones",
@@ -71,6 +80,7 @@ _HOMES = {
     "resolve_reference": "reference_choice",
     "response_logps": "forward",
     "response_losses": "probe_scores",
+    "response_scores": "reward_models",
     "sample_responses": "generation",
     "score_pairs": "pair_table",
     "sequence_scores": "reward_scores",
@@ -92,14 +102,20 @@ __all__ = [
     "ReferenceDigest",
     "ReferenceKind",
     "ResponseLogps",
+    "ResponseScores",
+    "RewardHead",
+    "ScoreScale",
+    "VerbalizerRewardHead",
     "add_lora",
     "build_preset",
+    "build_reward_model",
     "check_vocabulary",
     "compute_reference_cache",
     "count_parameters",
     "disable_dropout",
     "enable_gradient_checkpointing",
     "export",
+    "export_reward_model",
     "first_differences",
     "head_inputs",
     "load_model",
@@ -115,6 +131,7 @@ __all__ = [
     "resolve_reference",
     "response_logps",
     "response_losses",
+    "response_scores",
     "sample_responses",
     "score_pairs",
     "sequence_scores",

@@ -43,14 +43,22 @@ class LoraSettings:
             raise ValueError(f"`dropout` of LoRA must be in [0, 1), got {self.dropout!r}.")
 
 
-def add_lora(model: PreTrainedModel | PeftModel, settings: LoraSettings) -> PeftModel:
-    """Wrap the model so that only a fresh adapter is trained; its own weights stay as they are, frozen."""
+def add_lora(
+    model: PreTrainedModel | PeftModel, settings: LoraSettings, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> PeftModel:
+    """Wrap the model so that only a fresh adapter is trained; its own weights stay as they are, frozen.
+
+    Args:
+        model: The plain model.
+        settings: Of the adapter.
+        task: What the model is for, in peft's words. The head of a sequence classifier is trained and saved with the adapter.
+    """
     if isinstance(model, PeftModel):
         raise ValueError("The model has an adapter already; add LoRA to the plain model.")
     _check_names("target_modules", settings.target_modules, model)
     _check_names("modules_to_save", settings.modules_to_save or [], model)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,

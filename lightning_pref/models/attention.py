@@ -26,13 +26,21 @@ def predicting_hidden(backbone: PreTrainedModel, batch: GroupBatch, plan: Layout
 
     The state of a prompt's last token appears once for each response of the group.
     """
+    return slot_states(backbone, batch, plan).index_select(0, plan.predictor.to(batch.input_ids.device))
+
+
+def slot_states(backbone: PreTrainedModel, batch: GroupBatch, plan: LayoutPlan) -> Tensor:
+    """Hidden state, after the final norm, of every slot of the plan, [rows * L, D]; what stands in padding means nothing.
+
+    `plan.predictor` picks the states that predict the response tokens, `plan.place` those of the response tokens themselves.
+    """
     plan = plan.to(batch.input_ids.device)
     position_ids = batch.position_ids[plan.source]
     arguments = {"input_ids": batch.input_ids[plan.source], "attention_mask": _attention_mask(backbone, plan, position_ids)}
     if takes_positions(backbone):
         arguments["position_ids"] = position_ids
     hidden: Tensor = backbone(**arguments, use_cache=False)[0]
-    return hidden.flatten(0, 1).index_select(0, plan.predictor)
+    return hidden.flatten(0, 1)
 
 
 def _attention_mask(backbone: PreTrainedModel, plan: LayoutPlan, position_ids: Tensor) -> Tensor | dict[str, Tensor]:

@@ -41,11 +41,11 @@ def export(
             # Embeddings are never resized here, so they are saved only where `modules_to_save` names them.
             model.save_pretrained(str(partial), save_embedding_layers=False)
         else:
-            _plain_model(model).save_pretrained(partial)
+            plain_model(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
-def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A model of the plain class around the trained tensors.
 
     A new object, because `save_pretrained` writes into the configs of the model it is called on.
@@ -63,7 +63,8 @@ def _plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     plain.load_state_dict(state, assign=True)
     # On its way from a GPU a tied weight became two tensors.
     plain.tie_weights()
-    plain.generation_config = _valid_generation(base.generation_config)
+    if base.can_generate():
+        plain.generation_config = _valid_generation(base.generation_config)
     return plain
 
 

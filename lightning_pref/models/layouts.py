@@ -27,9 +27,10 @@ class LayoutPlan:
     branch: Tensor  # [rows, L] index of the response, -1 for prompt and padding
     predictor: Tensor  # [N] slot, counted over rows * L, whose hidden state predicts each response token
     predicted: Tensor  # [N] index into the flat batch of that response token
+    place: Tensor  # [N] slot, counted likewise, in which that response token itself sits
 
     def to(self, device: torch.device) -> "LayoutPlan":
-        tensors = (self.source, self.unit, self.branch, self.predictor, self.predicted)
+        tensors = (self.source, self.unit, self.branch, self.predictor, self.predicted, self.place)
         return LayoutPlan(self.layout, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
@@ -77,14 +78,16 @@ def plan_layout(batch: GroupBatch, layout: PlacedLayout) -> LayoutPlan:
     response_of_token[predicted] = np.repeat(np.arange(len(responses)), batch.response_sizes)
     branch = np.where(unit == PADDING, -1, response_of_token[source])
 
-    predictors = []
+    predictors, places = [], []
     for r, (g, response) in enumerate(zip(_owners(batch), responses, strict=True)):
         start = slot_of_unit[g if layout == "shared" else r]
         last_of_prompt = start + len(prompts[g]) - 1
         # In a shared group the earlier responses stand between the prompt and this one.
         gap = response.start - prompts[g].stop if layout == "shared" else 0
         first = last_of_prompt + 1 + gap
-        predictors.append(np.concatenate([[last_of_prompt], np.arange(first, first + len(response) - 1)]))
+        own = np.arange(first, first + len(response))
+        predictors.append(np.concatenate([[last_of_prompt], own[:-1]]))
+        places.append(own)
     return LayoutPlan(
         layout=layout,
         source=torch.from_numpy(source),
@@ -92,6 +95,7 @@ def plan_layout(batch: GroupBatch, layout: PlacedLayout) -> LayoutPlan:
         branch=torch.from_numpy(branch),
         predictor=torch.from_numpy(np.concatenate(predictors).astype(np.int64)),
         predicted=torch.from_numpy(predicted),
+        place=torch.from_numpy(np.concatenate(places).astype(np.int64)),
     )
 
 

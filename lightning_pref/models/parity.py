@@ -48,12 +48,16 @@ def verified_head(model: PreTrainedModel | PeftModel, head: LMHead) -> LMHead:
 
 
 def layout_obstacle(model: PreTrainedModel | PeftModel) -> str | None:
-    """Why a model cannot take packed or shared rows, `None` where both give what padded rows give."""
-    backbone = backbone_of(model)
+    """Why a language model cannot take packed or shared rows, `None` where both give what padded rows give."""
+    return backbone_obstacle(backbone_of(model))
+
+
+def backbone_obstacle(backbone: PreTrainedModel) -> str | None:
+    """Why the backbone of a model, whatever its head, cannot take packed or shared rows; `None` where nothing is wrong."""
     obstacle = mask_obstacle(backbone)
     if obstacle is not None:
         return obstacle
-    known = _obstacles.setdefault(causal_lm_of(model), {})
+    known = _obstacles.setdefault(backbone, {})
     backend = attention_backend(backbone)
     if backend not in known:
         known[backend] = _compare_layouts(backbone)

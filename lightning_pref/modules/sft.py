@@ -10,9 +10,10 @@ from typing_extensions import override
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.forward import Layout
+from lightning_pref.modules.group_module import Loading
 from lightning_pref.modules.objectives import Measured, StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
-from lightning_pref.modules.policy import Loading, PolicyModule
+from lightning_pref.modules.policy import PolicyModule
 
 
 class SFTModule(PolicyModule):

@@ -130,10 +130,12 @@ def read_alerts(path: Path) -> list[Alert]:
 
 
 def print_alerts(alerts: Sequence[Alert], *, console: Console | None = None) -> None:
-    """Print each alert once more at the end, where it is not lost between progress bars."""
+    """Print at the end what was warned of in the run, in a line each; the whole text is in `alerts.jsonl`."""
     console = console or Console()
     for alert in alerts:
-        console.print(alert.text(), highlight=False, markup=False, soft_wrap=True)
+        where = "" if alert.source == "train" else f" ({alert.source})"
+        line = f"  {alert.level} {alert.name}{where} since step {alert.since_step}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: Console | None = None) -> None:

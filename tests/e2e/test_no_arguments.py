@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lightning_pref
 from lightning_pref.cli import RunResult
@@ -112,3 +112,53 @@ def test_a_resumed_run_does_not_repeat_its_first_stage(folder_with_a_run: Path, 
     resumed = dpo.main(["--run.name=start", *SMALL, "--run.resume=runs/dpo/start/checkpoints/last.ckpt"])
     assert summary_of(resumed)["steps"] == 4
     assert stage.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_reward_without_arguments_learns_what_the_gold_reward_prefers(tmp_path: Path) -> None:
+    root = Path(lightning_pref.__file__).parents[1]
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
+
+    def run(*args: str) -> Path:
+        command = [sys.executable, "-m", "lightning_pref.recipes.reward", *args]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+        (folder,) = (tmp_path / args[0].partition("=")[2] if args else tmp_path / "runs").glob("reward/*")
+        return folder
+
+    folder = run()
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    probe = "probe/policy/reward_variance"
+    assert metrics["val/rewards/accuracies"]["last"] >= 0.65
+    assert metrics[f"{probe}/accuracy"]["last"] - metrics[f"{probe}/accuracy"]["first"] >= 0.1
+    assert abs(metrics[f"{probe}/length_correlation"]["last"]) < 0.3
+    assert metrics["val/rewards/calibration_error"]["last"] < 0.15
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "export")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    prompt = [
+        {"role": "user", "content": "Hello, I am Anna. Please book a table for four at 7 pm. No nuts. A few words will do."}
+    ]
+    answers = ["Gladly, Anna. A table for four is set at 7 pm. Try the ramen.", "What now? A table for six at 9 pm."]
+    texts = [tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": a}], tokenize=False) for a in answers]
+    rows = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    good, bad = model(**rows).logits[:, 0].tolist()
+    assert good > bad
+
+    # The same start, and labels of a judge that takes many words for effort.
+    start = next((tmp_path / "runs" / "sft").glob("*/export"))
+    config = root / "lightning_pref" / "recipes" / "configs" / "reward_playground.yaml"
+    flawed = run("--run.root=flawed", f"--config={config}", f"--model.model={start}", "--data.playground.flaw=length")
+    biased = json.loads((flawed / "summary.json").read_text())
+    for key in (f"{probe}/length_correlation", "val/rewards/length_correlation"):
+        assert biased["metrics"][key]["last"] > 0.25
+        assert biased["metrics"][key]["last"] - metrics[key]["last"] > 0.4
+    assert '"reward_variance/pays_length"' in (flawed / "alerts.jsonl").read_text()

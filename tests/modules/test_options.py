@@ -20,9 +20,11 @@ from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.data.playground_source import PlaygroundSettings
 from lightning_pref.models.adapters import LoraSettings
 from lightning_pref.models.reference import AdapterOff, EmaSettings
-from lightning_pref.modules import DPOModule, SFTModule, policy
+from lightning_pref.modules import DPOModule, SFTModule, group_module
+from lightning_pref.modules.group_module import GroupModule, Loading
 from lightning_pref.modules.optimisation import OptimizerSettings
-from lightning_pref.modules.policy import Loading, PolicyModule
+from lightning_pref.modules.policy import PolicyModule
+from lightning_pref.modules.reward import RewardModule
 
 TESTS = Path(__file__).parent.parent
 
@@ -94,7 +96,7 @@ def adapts(kind: type[PolicyModule]) -> Check:
     return check
 
 
-def optimises(kind: type[PolicyModule]) -> Check:
+def optimises(kind: type[GroupModule]) -> Check:
     def check(bench: Bench) -> None:
         settings = OptimizerSettings(learning_rate=0.123, schedule="constant", warmup=0)
         trainer = L.Trainer(
@@ -122,7 +124,7 @@ def loads(kind: type[PolicyModule], **options: Any) -> Check:
             calls.append(given)
             return bench.tiny_model()
 
-        bench.monkeypatch.setattr(policy, "load_model", load_model)
+        bench.monkeypatch.setattr(group_module, "load_model", load_model)
         other = {"reference_model": "other"} if kind is DPOModule else {}
         kind("mine", loading=Loading(**options), **other).configure_model()  # type: ignore[call-arg]
         assert len(calls) == 1 + len(other)
@@ -131,13 +133,13 @@ def loads(kind: type[PolicyModule], **options: Any) -> Check:
     return check
 
 
-def recomputes(kind: type[PolicyModule]) -> Check:
+def recomputes(kind: type[GroupModule]) -> Check:
     def check(bench: Bench) -> None:
         for wanted in (True, False):
             module = bench.configured(kind, gradient_checkpointing=wanted)
             losses = module.terms(bench.batch(kind)).losses
             runs: list[int] = []
-            module.policy.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+            module.trained.model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
             losses.sum().backward()
             assert len(runs) == wanted
 
@@ -154,6 +156,31 @@ def logs_entropy(kind: type[PolicyModule]) -> Check:
             assert not wanted or means["entropy"] > 0
 
     return check
+
+
+def changes_rewards(**options: Any) -> Check:
+    def check(bench: Bench) -> None:
+        rewards = [bench.configured(RewardModule, **given).rewards(bench.pairs) for given in ({}, options)]
+        assert not torch.allclose(*rewards, rtol=1e-3)
+
+    return check
+
+
+def lays_rewards_out(bench: Bench) -> None:
+    for layout in ("padded", "packed", "shared"):
+        assert bench.configured(RewardModule, layout=layout).scores(bench.pairs).layout == layout
+        implicit = bench.configured(RewardModule, layout=layout, head="implicit")
+        assert implicit.scores(bench.pairs).layout == layout
+        assert implicit.reference.score.keywords == {"layout": layout}
+
+
+def adapts_rewards(bench: Bench) -> None:
+    module = bench.configured(RewardModule, lora=LoraSettings(r=2))
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert any("lora_" in name for name in trained)
+    assert [name for name in trained if "lora_" not in name] == [
+        "reward_model.base_model.model.score.modules_to_save.default.weight"
+    ]
 
 
 def changes_updates(**options: Any) -> Check:
@@ -186,8 +213,12 @@ SETTINGS_OF_A_POLICY: dict[str, Callable[[type[PolicyModule]], Check]] = {
 }
 
 DATA = "data/test_datamodule.py::"
+REPLAY = "data/test_replay.py::"
 DPO = "modules/test_dpo.py::"
 CACHE = "modules/test_reference_pass.py::"
+REWARD = "modules/test_reward.py::"
+REWARD_LOSS = "modules/test_reward_losses.py::"
+REWARD_METRIC = "modules/test_reward_metrics.py::"
 
 # By option: a check, or the test elsewhere that shows the effect.
 CHECKS: dict[type[Any], dict[str, Check | str]] = {
@@ -210,6 +241,29 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "model": "modules/test_policy.py::test_loading_settings_reach_the_model",
         "normalize": changes_losses(SFTModule, normalize="sequence"),
         **{name: check(SFTModule) for name, check in SETTINGS_OF_A_POLICY.items()},
+    },
+    RewardModule: {
+        "model": REWARD + "test_a_model_may_be_a_preset_a_folder_or_an_object",
+        "loss": REWARD + "test_N1_one_update_is_the_mean_over_all_rows_however_it_is_accumulated",
+        "head": REWARD + "test_W5_an_exported_module_scores_alike",
+        **dict.fromkeys(("num_members", "aggregate", "uwo_coefficient"), REWARD_METRIC + "test_metrics_are_those_of_the_rewards"),
+        "head_seed": changes_rewards(head_seed=1),
+        "pairs": REWARD_LOSS + "test_pairs_of_a_ranked_list_share_its_weight",
+        **dict.fromkeys(
+            ("margin_scale", "center", "label_smoothing"),
+            REWARD_LOSS + "test_bradley_terry_is_the_mean_over_members_and_pairs",
+        ),
+        "top_k": REWARD_LOSS + "test_plackett_luce_is_minus_the_log_probability_of_the_order",
+        "levels": REWARD_LOSS + "test_ordinal_levels_are_told_apart_by_trained_thresholds",
+        "label_words": REWARD + "test_label_words_are_found_in_the_tokenizer_of_a_preset",
+        "beta": REWARD_LOSS + "test_an_implicit_reward_on_pairs_is_dpo",
+        "reference": REWARD_LOSS + "test_an_implicit_reward_under_lora_is_measured_against_its_base",
+        "reference_model": REWARD_LOSS + "test_an_implicit_reward_on_pairs_is_dpo",
+        "layout": lays_rewards_out,
+        "lora": adapts_rewards,
+        "optimizer": optimises(RewardModule),
+        "loading": REWARD + "test_loading_settings_reach_the_model_of_every_head",
+        "gradient_checkpointing": recomputes(RewardModule),
     },
     OptimizerSettings: {
         "learning_rate": changes_updates(learning_rate=0.2),
@@ -254,6 +308,10 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "truncation": DATA + "test_settings_of_the_tokenisation_reach_the_tokens",
         "max_tokens_per_batch": DATA + "test_both_bounds_hold_at_once",
         "batch_size": DATA + "test_both_bounds_hold_at_once",
+        "replay": REPLAY + "test_a_trainer_sees_exactly_the_wanted_share_of_old_rows_in_every_epoch",
+        "replay_share": REPLAY + "test_a_trainer_sees_exactly_the_wanted_share_of_old_rows_in_every_epoch",
+        "keep_rows": REPLAY + "test_a_trainer_sees_a_fixed_part_of_the_rows_in_every_epoch",
+        "keep_rows_by": REPLAY + "test_rows_are_kept_by_the_values_of_a_column",
         "seed": DATA + "test_the_seed_changes_the_order_and_nothing_else",
         "num_workers": DATA + "test_workers_change_nothing",
         "cache_dir": DATA + "test_the_cache_lies_in_the_users_cache_folder_unless_said",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
@@ -22,12 +21,6 @@ from lightning_pref.data.store import GroupStore, GroupStoreWriter
 from lightning_pref.modules.optimisation import OptimizerSettings
 from lightning_pref.modules.reward import RewardModule
 from lightning_pref.observations import Observation, Observer, RewardObservation
-
-TinyModel = Callable[..., LlamaForCausalLM]
-
-
-RandomGroups = Callable[..., list[PromptGroup]]
-
 
 STILL = OptimizerSettings(learning_rate=1e-12, schedule="constant", warmup=0)
 

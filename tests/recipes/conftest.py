@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_pref.cli import RunResult
-from lightning_pref.recipes import dpo, sft
+from lightning_pref.recipes import dpo, reward, sft
 
 END = "<|end|>"
 CHAT_TEMPLATE = (
@@ -94,6 +94,9 @@ class Bench(NamedTuple):
 
     def dpo(self, *more: str) -> RunResult:
         return dpo.main(self.args(*more))
+
+    def reward(self, *more: str) -> RunResult:
+        return reward.main(self.args(*more))
 
     def sft(self, *more: str) -> RunResult:
         return sft.main(self.args(*more))

@@ -6,8 +6,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lightning_pref.alerts import Alert
 from lightning_pref.callbacks.gold_reward import Sample
-from lightning_pref.reports.summary import FirstLast, RunRecord, print_samples, print_summary, write_summary
+from lightning_pref.callbacks.hosts import record_alert
+from lightning_pref.reports.summary import (
+    FirstLast,
+    RunRecord,
+    print_alerts,
+    print_samples,
+    print_summary,
+    read_alerts,
+    write_summary,
+)
 
 
 def test_a_record_keeps_the_first_and_the_last_value_of_every_metric() -> None:
@@ -78,3 +88,16 @@ def test_a_resumed_run_with_nothing_left_to_do_says_so_instead_of_an_empty_table
     print_samples([], [], console=console)
     print_summary(title="dpo: 4 updates", metrics={}, headline=["loss"], places={"config": "c.yaml"}, console=console)
     assert out.getvalue() == "dpo: 4 updates, nothing new was measured\n  config  c.yaml\n"
+
+
+def test_alerts_are_read_back_and_named_once_more_at_the_end(tmp_path: Path) -> None:
+    alert = Alert(
+        level="warning", name="x/high", source="val", since_step=20, step=30, evidence="x is 3 (above 1).", advice="Lower x."
+    )
+    record_alert(alert, tmp_path)
+    record_alert(alert, tmp_path)
+    assert read_alerts(tmp_path / "alerts.jsonl") == [alert, alert]
+    assert read_alerts(tmp_path / "missing.jsonl") == []
+    page = io.StringIO()
+    print_alerts([alert], console=Console(file=page, width=200))
+    assert page.getvalue() == "  warning x/high (val) since step 20\n"
