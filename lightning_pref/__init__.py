@@ -21,7 +21,19 @@ from lightning_pref.observations import (
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("callbacks", "data", "functional", "integrations", "losses", "measures", "models", "modules", "recipes", "reports")
+_SUBPACKAGES = (
+    "callbacks",
+    "data",
+    "functional",
+    "integrations",
+    "losses",
+    "measures",
+    "models",
+    "modules",
+    "recipes",
+    "reports",
+    "rollouts",
+)
 
 __all__ = [
     "Observation",

@@ -9,6 +9,7 @@ from importlib import import_module
 # Name -> what it does; `lightning_pref/commands/<name>.py` holds a function of the same name, whose signature is the flags.
 COMMANDS: dict[str, str] = {
     "ches": "score preference pairs by how much displacement they are likely to cause, and drop the worst",
+    "sample": "sample responses of a model, the best of many, or pairs to be labelled",
     "teacher": "rank reward models by how well they would teach a policy",
 }
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from lightning_pref import __version__
+from lightning_pref.commands.places import device_named
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.filtering import KeptRows, highest_rows, parse_share, write_kept
 from lightning_pref.data.groups import GroupBatch, PairSelection
@@ -124,7 +124,7 @@ def ches(
     rows.setup("fit")
     with_pairs = _rows_with_pairs(rows.train_table, data, pairs)
     policy = load_model(model, dtype=dtype)
-    policy.to(_device(device))  # type: ignore[arg-type]  # transformers wraps the method and loses its overloads
+    policy.to(device_named(device))  # type: ignore[arg-type]  # transformers wraps the method and loses its overloads
     check_vocabulary(policy, rows.loaded_tokenizer)
     console = Console()
     batches = _shown(rows.every_batch(with_pairs), len(with_pairs), console)
@@ -174,18 +174,6 @@ def _rows_with_pairs(table: GroupTable, data: str, selection: PairSelection) -> 
             "with ranked or scored responses."
         )
     return table if all(num_pairs) else GroupSubset(table, np.flatnonzero(num_pairs))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Unknown device {name!r}; expected `auto`, `cpu`, `cuda`, `cuda:1`, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {name!r} was asked for, but torch sees no GPU here; use `--device cpu`.")
-    return device
 
 
 def _shown(batches: Iterable[GroupBatch], num_rows: int, console: Console) -> Iterator[GroupBatch]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_pref.commands.places import device_named
 from lightning_pref.commands.teacher_scores import Answered, read_answered, read_prompts, sample_answers, score_answers
 from lightning_pref.measures.teaching import compare_pairs, length_correlation, relative_speed, speed_in_words
 from lightning_pref.measures.variance import (
@@ -115,7 +116,7 @@ def teacher(
             "`--save_responses` keeps what is sampled, but `--responses` takes the place of sampling; leave one out."
         )
     _check_folders(out=out, save_responses=save_responses)
-    place = _device(device)
+    place = device_named(device)
     console = Console()
     if responses is not None:
         answered = read_answered(responses, num_prompts)
@@ -258,18 +259,6 @@ def _check_finite(name: str, rewards: Tensor, answered: Sequence[Answered]) -> N
             f"{name!r} gives {len(bad)} of {len(rewards)} responses no finite reward, the first to the prompt of "
             f"{owners[int(bad[0])]}. Half precision may overflow (try `--dtype float32`); a function must return a number."
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Unknown device {name!r}; expected `auto`, `cpu`, `cuda`, `cuda:1`, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {name!r} was asked for, but torch sees no GPU here; use `--device cpu`.")
-    return device
 
 
 def _save(answered: Sequence[Answered], file: str | None) -> None:

@@ -49,8 +49,25 @@ def processed_logps(
     return scores.log_softmax(-1)
 
 
-def draw(logps: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row from log-probabilities [R, V], by an exponential race that needs no cumulated sums, [R] int64."""
-    waiting = torch.empty_like(logps).exponential_(generator=generator)
-    # Subtracting in the logarithm keeps improbable tokens apart where probabilities would round to 0.
-    return (logps - waiting.log()).argmax(-1)
+def draw(logps: Tensor, noise: Tensor) -> Tensor:
+    """One token per row: the one at which the cumulated probability passes the row's noise.
+
+    One number per row is all the chance there is, so that a row draws the same whatever rows are drawn beside it.
+
+    >>> draw(torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])), torch.tensor([0.49, 0.81], dtype=torch.float64))
+    tensor([0, 2])
+
+    Args:
+        logps: Log-probabilities, [R, V].
+        noise: Uniform in [0, 1), [R] float64.
+
+    Returns:
+        Token ids, [R] int64.
+    """
+    # In float64 the sums over a large vocabulary keep the tokens apart that are least likely.
+    cumulated = logps.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    # Rounded, the product may reach the total, behind which there is no token.
+    threshold = torch.minimum(noise[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A token without probability adds nothing to the sum and so cannot be where it passes the threshold. Clamped for `nan`.
+    return torch.searchsorted(cumulated, threshold, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)

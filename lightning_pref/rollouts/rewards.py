@@ -130,7 +130,7 @@ class ModelReward:
         self.coefficient = coefficient
         self.batch_size = batch_size
         for model in self.models:
-            model.eval()
+            model.train(False)
             model.requires_grad_(False)
 
     def __call__(self, answers: Answers) -> Tensor:
@@ -198,7 +198,7 @@ def load_reward(
         return WeightedSum(terms)
     names = [spec] if isinstance(spec, str) else list(spec)
     functions = [function_named(name, flaw) for name in names]
-    if len(names) == 1 and functions[0] is not None:
+    if len(functions) == 1 and functions[0] is not None:
         return FunctionReward(names[0], functions[0])
     if not names or any(function is not None for function in functions):
         raise ValueError(
@@ -213,7 +213,7 @@ def load_reward(
     models = [_load_classifier(name, dtype) for name in names]
     for model, its in zip(models, tokenizers, strict=True):
         check_vocabulary(model, its)
-    num_members = sum(int(model.config.num_labels) for model in models)
+    num_members = sum(model.config.num_labels or 1 for model in models)
     if how != "mean" and num_members == 1:
         raise ValueError(
             f"`aggregate: {how}` compares the members of an ensemble, but {names[0]!r} has one. Give a list of reward models or "

@@ -84,11 +84,38 @@ def test_the_same_seed_gives_the_same_responses_and_another_gives_others(tiny_mo
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     logps = torch.log(torch.tensor([0.6, 0.25, 0.1, 0.05, 0.0]))
-    drawn = draw(logps.expand(40_000, 5), torch.Generator().manual_seed(0))
+    noise = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = draw(logps.expand(40_000, 5), noise)
     shares = torch.bincount(drawn, minlength=5) / 40_000
     # Four standard errors of a share, 4 * sqrt(p (1 - p) / n).
     assert torch.allclose(shares, logps.exp(), atol=0.01)
     assert shares[4] == 0
+
+
+def test_the_token_drawn_is_where_the_sum_passes_the_noise() -> None:
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random((200, 11)) < 0.3, -np.inf, 3 * rng.normal(size=(200, 11)))
+    logps = torch.from_numpy(logits).float().log_softmax(-1)
+    noise = rng.random(200)
+    # The largest noise there is meets rows whose last tokens have no probability.
+    noise[:50] = np.nextafter(1.0, 0.0)
+    drawn = draw(logps, torch.from_numpy(noise)).tolist()
+    for row, token in enumerate(drawn):
+        probabilities = logps[row].exp().double().numpy()
+        assert probabilities[token] > 0
+        below, above = probabilities[:token].sum(), probabilities[: token + 1].sum()
+        assert below - 1e-12 <= noise[row] * probabilities.sum() <= above + 1e-12
+
+
+def test_a_sample_does_not_depend_on_the_samples_and_batches_beside_it(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
+    model, sampling = tiny_model(), Sampling(max_new_tokens=12)
+    many = CachedSampler(sampling, END).sample(model, PROMPTS, 6, seed=4)
+    few = CachedSampler(sampling, END, max_rows=2).sample(model, PROMPTS, 2, seed=4)
+    short = CachedSampler(Sampling(max_new_tokens=5), END).sample(model, PROMPTS, 2, seed=4)
+    for all_six, first_two, cut in zip(many, few, short, strict=True):
+        for long, same, start in zip(all_six.responses, first_two.responses, cut.responses, strict=False):
+            assert long.tolist() == same.tolist()
+            assert long[:5].tolist() == start.tolist()
 
 
 def test_every_prompt_is_computed_once_and_ended_rows_leave(tiny_model: Callable[..., LlamaForCausalLM]) -> None:
