@@ -84,7 +84,7 @@ class HandHost:
     """Somebody's own loop."""
 
     log_every = 10
-    is_finishing = False
+    scaler = None
     device = torch.device("cpu")
 
     def __init__(self, module: nn.Module, rank: int, world_size: int) -> None:

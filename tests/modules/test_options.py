@@ -25,6 +25,16 @@ from lightning_pref.modules.group_module import GroupModule, Loading
 from lightning_pref.modules.optimisation import OptimizerSettings
 from lightning_pref.modules.policy import PolicyModule
 from lightning_pref.modules.reward import RewardModule
+from lightning_pref.modules.rlhf import RLHFModule
+from lightning_pref.modules.rlhf_settings import (
+    AdvantageSettings,
+    KLSettings,
+    ScoreSettings,
+    SurrogateSettings,
+    ValueSettings,
+)
+from lightning_pref.rollouts.rollout_data import RolloutData
+from lightning_pref.rollouts.sampling import Sampling
 
 TESTS = Path(__file__).parent.parent
 
@@ -216,6 +226,10 @@ DATA = "data/test_datamodule.py::"
 REPLAY = "data/test_replay.py::"
 DPO = "modules/test_dpo.py::"
 CACHE = "modules/test_reference_pass.py::"
+RLHF = "modules/test_rlhf_settings.py::"
+ROLLOUT = "rollouts/test_rollout_data.py::"
+REWARDS = "rollouts/test_rewards.py::"
+CHANGES = RLHF + "test_a_setting_changes_where_the_policy_goes"
 REWARD = "modules/test_reward.py::"
 REWARD_LOSS = "modules/test_reward_losses.py::"
 REWARD_METRIC = "modules/test_reward_metrics.py::"
@@ -264,6 +278,76 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "optimizer": optimises(RewardModule),
         "loading": REWARD + "test_loading_settings_reach_the_model_of_every_head",
         "gradient_checkpointing": recomputes(RewardModule),
+    },
+    RLHFModule: {
+        **dict.fromkeys(
+            (
+                "algorithm",
+                "surrogate",
+                "kl",
+                "advantage",
+                "value",
+                "scores",
+                "pair_loss",
+                "beta",
+                "loss_options",
+                "ema",
+                "entropy_bonus",
+            ),
+            CHANGES,
+        ),
+        "model": RLHF + "test_the_reference_is_what_was_asked_for",
+        "reference": RLHF + "test_the_reference_is_what_was_asked_for",
+        "reference_model": RLHF + "test_the_reference_is_what_was_asked_for",
+        "log_samples_every": RLHF + "test_samples_are_shown_every_so_many_rollouts",
+        "layout": RLHF + "test_policy_and_value_model_are_adapted_and_laid_out_alike",
+        "lora": RLHF + "test_policy_and_value_model_are_adapted_and_laid_out_alike",
+        "optimizer": RLHF + "test_the_optimizer_is_the_one_that_was_asked_for",
+        "loading": loads(RLHFModule, dtype="bfloat16"),
+        "gradient_checkpointing": "modules/test_rlhf.py::test_P4_a_rollout_leaves_modes_checkpointing_and_random_state_alone",
+        "log_entropy": RLHF + "test_the_entropy_is_logged_unless_it_is_not_wanted",
+    },
+    **{
+        kind: dict.fromkeys(inspect.signature(kind).parameters, CHANGES)
+        for kind in (AdvantageSettings, ScoreSettings, SurrogateSettings)
+    },
+    KLSettings: {
+        **dict.fromkeys(("coefficient", "place", "gradient", "target", "horizon"), CHANGES),
+        "estimator": RLHF + "test_the_estimator_of_the_kl_in_the_loss_is_what_the_loss_shows",
+    },
+    ValueSettings: {
+        **dict.fromkeys(("trunk", "coefficient", "clip", "rate_factor"), CHANGES),
+        "model": RLHF + "test_a_value_model_starts_from_a_reward_model_with_its_head_and_else_from_0",
+    },
+    Sampling: {
+        **dict.fromkeys(("max_new_tokens", "temperature"), ROLLOUT + "test_sampling_settings_reach_the_samples"),
+        **dict.fromkeys(
+            ("top_k", "top_p", "min_p"),
+            "rollouts/test_generate.py::test_L12_the_log_prob_of_every_token_is_that_of_a_plain_forward",
+        ),
+    },
+    RolloutData: {
+        **dict.fromkeys(
+            ("train", "limit_rows", "columns", "max_prompt_length"), ROLLOUT + "test_several_sources_and_their_settings_are_read"
+        ),
+        **dict.fromkeys(
+            ("num_prompts", "num_samples", "inner_epochs", "num_minibatches"),
+            ROLLOUT + "test_the_shape_of_a_rollout_is_what_was_asked_for",
+        ),
+        **dict.fromkeys(("split", "subset", "revision"), ROLLOUT + "test_split_subset_and_revision_reach_the_reader"),
+        **dict.fromkeys(("chat_template", "template_date"), ROLLOUT + "test_a_chat_template_of_ones_own_and_its_date_are_used"),
+        "reward": REWARDS + "test_a_function_gets_prompt_and_response_and_the_columns_it_names",
+        **dict.fromkeys(("aggregate", "uwo_coefficient"), REWARDS + "test_an_ensemble_of_folders_and_of_heads_is_aggregated"),
+        "gold": ROLLOUT + "test_a_gold_reward_is_watched_and_not_trained_on",
+        **dict.fromkeys(
+            ("reward_dtype", "reward_batch_size"), ROLLOUT + "test_how_a_reward_model_is_loaded_and_read_is_as_asked"
+        ),
+        "sampling": ROLLOUT + "test_sampling_settings_reach_the_samples",
+        "max_rows": ROLLOUT + "test_max_rows_bounds_what_is_decoded_together",
+        "on_bad_row": ROLLOUT + "test_bad_rows_are_skipped_and_counted_where_that_is_asked",
+        "tokenizer": ROLLOUT + "test_a_run_without_a_tokenizer_or_a_setup_says_so",
+        "seed": ROLLOUT + "test_the_seed_decides_order_and_samples",
+        "playground": ROLLOUT + "test_playground_prompts_are_answered_for_a_reward_with_its_flaw",
     },
     OptimizerSettings: {
         "learning_rate": changes_updates(learning_rate=0.2),

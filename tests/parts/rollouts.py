@@ -73,14 +73,14 @@ def sometimes_nan(prompt: str, response: str) -> float:
     return float("nan") if len(response) % 3 == 0 else float(len(response))
 
 
-def rollout_data(folder: Path, reward: Any = "rollouts:count_of_letters", **settings: Any) -> RolloutData:
+def rollout_data(folder: Path, reward: Any = "rollouts:count_of_letters", *, prompts: int = 8, **settings: Any) -> RolloutData:
     given: dict[str, Any] = {
         "tokenizer": playground_tokenizer(),
         "num_prompts": 4,
         "num_samples": 3,
         "sampling": Sampling(max_new_tokens=6),
     }
-    return RolloutData(str(write_prompts(folder)), reward=reward, **{**given, **settings})
+    return RolloutData(str(write_prompts(folder, prompts)), reward=reward, **{**given, **settings})
 
 
 def fit(
@@ -100,7 +100,9 @@ def fit(
     return record
 
 
-def trained(folder: Path, data: RolloutData | None = None, *, model: LlamaForCausalLM | None = None, **options: Any) -> RLHFModule:
+def trained(
+    folder: Path, data: RolloutData | None = None, *, model: LlamaForCausalLM | None = None, **options: Any
+) -> RLHFModule:
     """A module after one epoch; by default on eight prompts of the file, whose weights hardly move."""
     options = {"optimizer": STILL, **options}
     module = RLHFModule(speaker() if model is None else model, **options)
@@ -108,7 +110,9 @@ def trained(folder: Path, data: RolloutData | None = None, *, model: LlamaForCau
     return module
 
 
-def answers_of(texts: Sequence[Sequence[str]], *, ended: bool = True, prompts: Callable[[int], str] = lambda i: f"Say {i}.") -> Answers:
+def answers_of(
+    texts: Sequence[Sequence[str]], *, ended: bool = True, prompts: Callable[[int], str] = lambda i: f"Say {i}."
+) -> Answers:
     """Answers as a sampler of the playground's tokenizer would have given them."""
     from lightning_pref.data.groups import PromptGroup
     from lightning_pref.data.templates import Tokenization
@@ -124,3 +128,12 @@ def answers_of(texts: Sequence[Sequence[str]], *, ended: bool = True, prompts: C
         said = tuple(np.array([*tokenizer(text, add_special_tokens=False)["input_ids"], *end]) for text in own)
         groups.append(PromptGroup(row_id=i, prompt=ids, responses=said))
     return Answers(asked, texts, groups, [[ended] * len(own) for own in texts])
+
+
+def likes_vowels(prompt: str, response: str) -> float:
+    """Share of vowels: something that a small policy can learn in seconds."""
+    return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
+
+
+def dislikes_vowels(prompt: str, response: str) -> float:
+    return -likes_vowels(prompt, response)

@@ -81,7 +81,7 @@ def test_the_bound_on_the_divergence_is_reached_by_distinct_scores() -> None:
     p, n = np.array([0.5, 0.3, 0.2]), 4
     chosen = np.diff(np.concatenate([[0.0], p.cumsum()]) ** n)
     assert (chosen * np.log(chosen / p)).sum() < kl_of_best_of_n(n)
-    with pytest.raises(ValueError, match="`n` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`n` must be at least 1 sample, got 0"):
         kl_of_best_of_n(0)
 
 
