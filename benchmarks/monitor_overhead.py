@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], help="names of monitors, to find out which one costs what")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     L.seed_everything(0, verbose=False)
@@ -149,6 +150,9 @@ def main() -> None:
         LikelihoodDisplacementTracker(),
         SpikeAwareOptimizerReset(),
     ]
+    if args.only:
+        probes = [probe for probe in probes if type(probe).__name__ in args.only]
+        watching = [monitor for monitor in watching if type(monitor).__name__ in args.only]
     stopwatches = {type(d).__name__: Stopwatch(d) for d in [*watching, *probes]}
 
     def probe_seconds() -> float:

@@ -150,6 +150,11 @@ SECTIONS: dict[str, list[Pitfall]] = {
         Pitfall("O7", "The detector learns from the spike and misses the next one"),
     ],
     "Resume": [
+        Pitfall(
+            "C1",
+            "An interrupted and resumed run ends elsewhere than one in one go",
+            "ms-swift#9935 Lightning#18780 Lightning#19764",
+        ),
         Pitfall("C5", "A callback's state is saved and never loaded, or loaded and never tested"),
     ],
     "Monitors": [

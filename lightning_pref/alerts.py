@@ -250,7 +250,7 @@ ALERT_RULES: dict[str, AlertRule] = {
     "spike/gradient_norm": AlertRule(
         limits=(Limit("spike/grad_norm", above=100.0),),
         patience=3,
-        advice="Set `gradient_clip_val` of the Trainer, and lower the learning rate. With sampled rewards a limit of 10 is usual.",
+        advice="Set `gradient_clip_val` of the Trainer, and lower the learning rate; 10 is a usual limit with sampled rewards.",
     ),
     "spike/clipped_fraction": AlertRule(
         limits=(Limit("spike/clipped_fraction", above=0.01),),

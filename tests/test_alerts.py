@@ -109,3 +109,21 @@ def test_a_judge_that_is_armed_anew_says_the_same_again() -> None:
     judge.rearm()
     (alert,) = judge.alerts(values, step=2)
     assert alert.since_step == 2
+
+
+@pytest.mark.parametrize("name", sorted(ALERT_RULES))
+def test_every_rule_is_raised_beyond_its_limits_and_by_nothing_short_of_them(name: str) -> None:
+    """The table and the judge; what makes a monitor log such values is planted in the monitor's own tests."""
+    rule = ALERT_RULES[name]
+    ill, edge = {}, {}
+    for limit in rule.limits:
+        bound = limit.above if limit.above is not None else limit.below
+        assert bound is not None
+        edge[limit.key] = bound  # at the bound is not beyond it
+        ill[limit.key] = bound + (1.0 if limit.above is not None else -1.0)
+    judge = Judge({name: rule})
+    raised_at = [step for step in range(rule.patience + 3) if judge.alerts(ill, step=step)]
+    assert raised_at == [rule.patience - 1]
+    for limit in rule.limits:  # one limit that holds is enough to stay silent
+        judge = Judge({name: rule})
+        assert not any(judge.alerts({**ill, limit.key: edge[limit.key]}, step=step) for step in range(rule.patience + 3))

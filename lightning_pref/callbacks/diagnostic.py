@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +19,8 @@ from lightning_pref.alerts import Alert, Judge, alert_rules
 from lightning_pref.callbacks.hosts import Host, LightningHost
 
 STATE_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
@@ -104,6 +108,10 @@ class Diagnostic(Callback):
 
     def load_measured_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `measured_state` gave."""
+
+    def is_due(self, every: int) -> bool:
+        """Whether the count of updates reached a multiple of `every` with this micro-batch, in which several may be made."""
+        return self.updates // every > self._updates_before_batch // every
 
     # Counting of updates.
 
@@ -211,6 +219,21 @@ class Diagnostic(Callback):
             "measured": self.measured_state(),
         }
 
+    def state_of_ranks(self) -> dict[str, Any]:
+        """`state_dict` with what each process measured, for a checkpoint that one of them writes; every rank must come by."""
+        state = self.state_dict()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, state["measured"])
+            state["ranks"] = ranks
+        return state
+
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning keeps the state of the first process alone, and each has measured rows of its own.
+        if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
+            checkpoint["callbacks"][self.state_key] = self.state_of_ranks()
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("version") != STATE_VERSION:
@@ -220,4 +243,22 @@ class Diagnostic(Callback):
             )
         self.updates = state_dict["updates"]
         self._judge.load(state_dict["judge"])
-        self.load_measured_state(state_dict["measured"])
+        self.load_measured_state(self._own_part(state_dict))
+
+    def _own_part(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this process measured itself, where the run goes on with as many processes."""
+        ranks = state_dict.get("ranks", [state_dict["measured"]])
+        together = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        if len(ranks) == world_size:
+            own: Mapping[str, Any] = ranks[rank]
+            return own
+        logger.warning(
+            "The checkpoint holds what %s measured in %d process(es), and the run goes on with %d: all go on from what the first "
+            "one measured, so that its next report is inexact, and pairs that only others saw begin anew.",
+            type(self).__name__,
+            len(ranks),
+            world_size,
+        )
+        first: Mapping[str, Any] = state_dict["measured"]
+        return first

@@ -65,7 +65,8 @@ class GoldReward(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_updates == 0:
+        # A batch may make several updates, and pass a multiple by.
+        if trainer.global_step // self.every_n_updates > self._measured_at // self.every_n_updates:
             self._measure(trainer, pl_module)
 
     @override

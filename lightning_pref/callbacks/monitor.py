@@ -18,7 +18,9 @@ from lightning_pref.callbacks.diagnostic import Diagnostic
 from lightning_pref.callbacks.hosts import Host, as_floats
 from lightning_pref.observations import Observation, Observer
 
-TRAIN, VAL = "train", "val"
+TRAIN, VAL, TEST = "train", "val", "test"
+# Its outputs go to their caller, who has them all; nothing marks the end of a report.
+UNHEARD = ("predict",)
 # Where a trainer logs no metrics of its own.
 FALLBACK_CADENCE = 50
 
@@ -55,6 +57,7 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         self._accumulators: dict[str, A] = {}
         self._heard: dict[str, int] = {}  # observations since the last flush, by source
         self._has_heard = False
+        self._is_fed = False  # some rank has heard something, and all know
         self._batches = 0
 
     # To write.
@@ -87,6 +90,8 @@ class Monitor(Diagnostic, Observer, Generic[A]):
 
     def receive(self, observation: Observation, source: str) -> None:
         """Add an observation to the accumulator of its source."""
+        if source in UNHEARD:
+            return
         self.update(self._accumulator(source, device_of(observation)), observation)
         self._heard[source] = self._heard.get(source, 0) + 1
         self._has_heard = True
@@ -107,10 +112,10 @@ class Monitor(Diagnostic, Observer, Generic[A]):
     @override
     def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
         self._batches += 1
-        if self._batches >= self.silent_after:
+        if self._batches == self.silent_after:
             self._refuse_silence(host, f"first {self._batches} training batches")
         every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
-        if updated and self.updates % every == 0:
+        if updated and self.is_due(every):
             self.flush(host, TRAIN)
 
     @override
@@ -121,6 +126,11 @@ class Monitor(Diagnostic, Observer, Generic[A]):
     @override
     def end_validation(self, host: Host) -> None:
         self.flush(host, VAL)
+
+    @override
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            self.flush(self._lightning(trainer, pl_module), TEST)
 
     @override
     def finish(self, host: Host) -> None:
@@ -153,7 +163,12 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         return host.wiring(type(self).__name__, self.consumes)
 
     def _refuse_silence(self, host: Host, when: str) -> None:
-        if self._has_heard:
+        if self._is_fed:
+            return
+        # Decided together: a rank that raised alone would leave the others waiting for it.
+        heard = torch.tensor(float(self._has_heard), device=host.device)
+        self._is_fed = bool(host.total(heard).item()) if host.world_size > 1 else self._has_heard
+        if self._is_fed:
             return
         raise ValueError(
             f"{type(self).__name__} received no {self.wanted()} in the {when} of {type(host.module).__name__}.\n"
@@ -169,6 +184,7 @@ class Monitor(Diagnostic, Observer, Generic[A]):
             "accumulators": {source: on_cpu(metric.state_dict()) for source, metric in self._accumulators.items()},
             "heard": dict(self._heard),
             "has_heard": self._has_heard,
+            "is_fed": self._is_fed,
             "batches": self._batches,
         }
 
@@ -179,6 +195,7 @@ class Monitor(Diagnostic, Observer, Generic[A]):
             self._accumulator(source, torch.device("cpu")).load_state_dict(on_cpu(saved))
         self._heard = dict(state["heard"])
         self._has_heard = state["has_heard"]
+        self._is_fed = state["is_fed"]
         self._batches = state["batches"]
 
 

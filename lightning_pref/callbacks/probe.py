@@ -191,7 +191,7 @@ class Probe(Diagnostic):
 
     @override
     def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
-        if updated and self.updates % self.every_n_updates == 0 and self.budget.allows(host):
+        if updated and self.is_due(self.every_n_updates) and self.budget.allows(host):
             self.measure(host)
 
     @override

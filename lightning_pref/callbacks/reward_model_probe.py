@@ -79,6 +79,8 @@ class RewardModelProbe(Probe):
     ) -> None:
         super().__init__(name, batches, self._keep, every_n_updates=every_n_updates, budget=budget)
         rules = alert_rules(self.prefix, thresholds)
+        # The first measurement is of a head that was not trained yet: its spread is nothing to compare with.
+        rules.pop(f"{PREFIX}/vanishing")
         self._judge = Judge({rule_name: replace(rule, patience=1) for rule_name, rule in rules.items()})
         RewardVariance(floor=floor)  # refuses what is no floor
         self.score_batch = score

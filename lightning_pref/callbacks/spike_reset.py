@@ -338,7 +338,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
     @override
     def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
         every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
-        if updated and self.updates % every == 0:
+        if updated and self.is_due(every):
             self._report(host)
 
     @override

@@ -80,7 +80,7 @@ class Throughput(Callback):
         self._rows += size.rows
         updates = trainer.global_step
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning outside __init__
-        if updates == self._updates or not every or updates % every:
+        if not every or updates // every == self._updates // every:  # a batch may make several updates
             return
         self._updates = updates
         self._pause(pl_module.device)

@@ -344,7 +344,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        measured = {diagnostic.state_key: diagnostic.state_dict() for diagnostic in self.diagnostics}
+        measured = {diagnostic.state_key: diagnostic.state_of_ranks() for diagnostic in self.diagnostics}
         if args.should_save:
             torch.save(measured, self._host.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STATE_FILE)
 

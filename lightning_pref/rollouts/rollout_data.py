@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -294,6 +295,8 @@ class RolloutData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
         if state_dict["version"] != 1:
             raise ValueError(f"The checkpoint holds version {state_dict['version']} of the rollout state; this is version 1.")
+        # Lightning asks this of the loader; here the data module keeps the place.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended", category=PossibleUserWarning)
         self._resume = int(state_dict["batch"])
         if self._loader is not None:
             self._loader.resume(self._resume)

@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from speakers import MeanChosen, PairRegression, pair_loader, quiet_trainer
+from speakers import MeanChosen, PairRegression, pair_loader, pair_rows, quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_pref import Observation, PairObservation, RewardObservation, observe
 from lightning_pref.alerts import ALERT_RULES, AlertRule, Limit
-from lightning_pref.callbacks import ObserveOutputs
-from lightning_pref.callbacks.hosts import ALERTS_FILE
+from lightning_pref.callbacks import ObserveOutputs, Probe
+from lightning_pref.callbacks.hosts import ALERTS_FILE, Host
 from lightning_pref.measures.means import WeightedMeans
 from lightning_pref.reports import RunRecord
 
@@ -55,6 +55,39 @@ def test_every_pair_is_counted_once_in_the_window_of_its_updates() -> None:
 def test_under_accumulation_a_window_is_counted_in_updates_and_what_is_left_is_reported_at_the_end() -> None:
     series = fit(MeanChosen(every_n_updates=2), accumulate_grad_batches=2, limit_val_batches=0)
     assert series.series["mean/pairs"] == {2: 16.0, 3: 8.0}
+
+
+def test_a_module_with_several_updates_per_batch_is_reported_on_as_often_as_asked() -> None:
+    class FourUpdates(PairRegression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        @override
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            for _ in range(4):
+                optimizer.zero_grad()  # type: ignore[union-attr]
+                self.manual_backward(self._step(batch))
+                optimizer.step()  # type: ignore[union-attr]
+
+    class CountsPairs(Probe):
+        def __init__(self) -> None:
+            super().__init__("fixed", [pair_rows(4)], lambda module, batch: module.pair(batch), every_n_updates=6, budget=None)
+            self.measured: list[int] = []
+
+        @override
+        def measure(self, host: Host) -> None:
+            self.measured.append(self.updates)
+            super().measure(host)
+
+    probe = CountsPairs()
+    monitor, series = MeanChosen(every_n_updates=6), Series()
+    trainer = quiet_trainer(callbacks=[probe, monitor], logger=series, limit_val_batches=0)
+    trainer.fit(FourUpdates(), pair_loader())
+    # Of 6 batches the second, third, fifth and sixth pass a multiple of 6; the last one ends training, too.
+    assert list(series.series["mean/pairs"]) == [8, 12, 20, 24]
+    assert probe.measured == [0, 8, 12, 20, 24]
 
 
 def test_the_cadence_is_the_loggers_if_not_given() -> None:
@@ -206,3 +239,21 @@ def test_an_observer_that_raises_raises() -> None:
 
     with pytest.raises(ZeroDivisionError, match="broken monitor"):
         fit(Broken())
+
+
+def test_testing_is_reported_at_its_end_and_predicting_is_left_to_its_caller() -> None:
+    class Tests(PairRegression):
+        @override
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+            self._step(batch)
+
+        @override
+        def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self._step(batch)
+
+    monitor, series = MeanChosen(), Series()
+    trainer = quiet_trainer(callbacks=[monitor], logger=series)
+    trainer.test(Tests(), pair_loader(8), verbose=False)
+    assert series.series["test/mean/pairs"] == {0: 8.0}
+    trainer.predict(Tests(), pair_loader(8), return_predictions=False)
+    assert set(monitor.measured_state()["heard"]) == {"test"}

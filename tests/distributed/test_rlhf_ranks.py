@@ -176,7 +176,9 @@ def test_N4_statistics_are_over_both_ranks(ranks: list[dict[str, Any]]) -> None:
 def advantages_of(ranks: list[dict[str, Any]], kind: str, rollout: int) -> list[Tensor]:
     """Advantages of the tokens of a rollout, over both ranks, without fillers."""
     updates = [update for result in ranks for update in result[kind]["updates"][2 * rollout : 2 * rollout + 2]]
-    alive = [(batch, batch.weights.repeat_interleave(batch.groups.response_lengths) > 0) for update in updates for batch in update]
+    alive = [
+        (batch, batch.weights.repeat_interleave(batch.groups.response_lengths) > 0) for update in updates for batch in update
+    ]
     return [batch.tokens.advantages[mask] for batch, mask in alive]
 
 

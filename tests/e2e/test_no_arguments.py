@@ -162,3 +162,32 @@ def test_reward_without_arguments_learns_what_the_gold_reward_prefers(tmp_path: 
         assert biased["metrics"][key]["last"] > 0.25
         assert biased["metrics"][key]["last"] - metrics[key]["last"] > 0.4
     assert '"reward_variance/pays_length"' in (flawed / "alerts.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1100)
+def test_rlhf_without_arguments_raises_the_gold_reward_from_a_reward_model_it_trained(tmp_path: Path) -> None:
+    root = Path(lightning_pref.__file__).parents[1]
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
+    command = [sys.executable, "-m", "lightning_pref.recipes.rlhf"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"sft", "reward", "rlhf"}
+    (folder,) = (tmp_path / "runs" / "rlhf").iterdir()
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["gold_reward"]["last"] - metrics["gold_reward"]["first"] >= 0.1
+    assert metrics["reward_model/accuracy"]["last"] >= 0.7
+    # A policy that runs away from its start to please the reward model has tens of nats.
+    assert metrics["kl"]["last"] < 10
+    assert "reward_variance/within_prompt" in metrics
+    last_table = done.stdout[done.stdout.rindex("rlhf: ") :]
+    for shown in ("gold_reward", "reward_model/accuracy", "kl", f"runs/rlhf/{folder.name}/export"):
+        assert shown in last_table
+    prompt = AutoTokenizer.from_pretrained(folder / "export")("Hello", return_tensors="pt")
+    assert AutoModelForCausalLM.from_pretrained(folder / "export")(prompt["input_ids"]).logits.isfinite().all()

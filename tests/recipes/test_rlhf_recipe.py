@@ -72,7 +72,7 @@ def test_every_preset_goes_with_the_playgrounds_defaults(name: str, capsys: pyte
     defaults = yaml.safe_load((CONFIGS / "rlhf_playground.yaml").read_text())
     assert config["data"]["gold"] == defaults["data"]["gold"] == "playground:gold"
     assert config["model"]["optimizer"]["learning_rate"] == defaults["model"]["optimizer"]["learning_rate"]
-    from lightning_pref.modules.rlhf_settings import KLSettings, resolve, SurrogateSettings
+    from lightning_pref.modules.rlhf_settings import KLSettings, SurrogateSettings, resolve
 
     kl = KLSettings(**config["model"]["kl"])
     assert resolve(config["model"]["algorithm"], SurrogateSettings(), kl).kl_coefficient >= 0

@@ -252,6 +252,10 @@ class Plain(L.LightningModule):
         return self.layer.weight.sum()
 
     @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """There is none; without the method Lightning would wonder."""
+
+    @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 

@@ -1,0 +1,163 @@
+"""Reinforcement learning from rewards: `python -m lightning_pref.recipes.rlhf`, with nothing else or with models of your own.
+
+On the playground three stages run one after the other: the `sft` recipe, the `reward` recipe on its model, and this one. A stage
+is left out where its result is given: `--model.model FOLDER`, `--data.reward FOLDER`. `--preset NAME` sets an algorithm up as it
+was published: `grpo`, `dr_grpo`, `dapo`, `gspo`, `rloo`, `ppo`, `reinforce_pp`, `online_dpo`, `inpo`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_pref.callbacks.reward_variance import RewardVarianceMonitor
+from lightning_pref.callbacks.throughput import Work
+from lightning_pref.cli import CONFIGS, Recipe, RunResult, run_recipe, trains_on_playground
+from lightning_pref.models.presets import is_preset
+from lightning_pref.modules.rlhf import RLHFModule
+from lightning_pref.recipes.playground import gold_reward_callbacks
+from lightning_pref.rollouts.rewards import is_model_reward
+from lightning_pref.rollouts.rollout_data import RolloutData
+
+PRESETS = CONFIGS / "presets"
+ACCURACY = "reward_model/accuracy"
+# What the reward model learns from: four answers to each prompt with their scores. They tell more per token than pairs.
+COMPARISONS = (
+    "--data.train=playground:ranked",
+    "--data.on_bad_row=skip",
+    "--data.batch_size=16",
+    "--data.playground.num_rows=6400",
+    "--model.loss=regression",
+    "--model.center=0.0",
+    "--trainer.max_steps=400",
+    "--trainer.val_check_interval=200",
+)
+
+
+def earlier_stages(config: Namespace, folder: Path) -> None:
+    """Train what the run on the playground starts from, where it is not given: the policy, and the reward model."""
+    from lightning_pref.recipes import reward, sft
+
+    name, root = f"for-rlhf-{folder.name}", Path(config.run.root)
+    common = [f"--run.root={root}", f"--run.name={name}"]
+    if is_preset(str(config.model.model)):
+        export = root / sft.RECIPE.name / name / "export"
+        # A run that is resumed has its first stages behind it.
+        if config.run.resume is None or not export.exists():
+            sft.main([*common, f"--model.model={config.model.model}"])
+        config.model.model = str(export)
+    if config.data.reward is None and trains_on_playground(config):
+        export = root / reward.RECIPE.name / name / "export"
+        if config.run.resume is None or not export.exists():
+            # The defaults of the playground are looked up by the name of a preset, which the fine-tuned model has no more.
+            defaults = CONFIGS / f"{reward.RECIPE.name}_playground.yaml"
+            flaw = config.data.playground.flaw
+            flawed = [] if flaw is None else [f"--data.playground.flaw={flaw}"]
+            reward.main([f"--config={defaults}", *common, f"--model.model={config.model.model}", *COMPARISONS, *flawed])
+        config.data.reward = str(export)
+
+
+class StageResults(Callback):
+    """Repeats what an earlier stage measured, so that it stands in the summary of the last one.
+
+    Needs: nothing.
+    Logs: the numbers it is given, once.
+    Changes: nothing.
+
+    Args:
+        results: By key.
+    """
+
+    def __init__(self, results: dict[str, float]) -> None:
+        self.results = results
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(self.results, step=trainer.global_step)
+
+
+def watching(config: Namespace) -> list[Callback]:
+    """The gold reward on the playground, the variance of the rewards, and how good the reward model is."""
+    return [*gold_reward_callbacks(config), RewardVarianceMonitor(), *stage_results(config.data.reward)]
+
+
+def stage_results(reward: Any) -> list[Callback]:  # Any: whatever `--data.reward` may be
+    """The validation accuracy of a reward model that the `reward` recipe trained."""
+    if not isinstance(reward, str) or not is_model_reward(reward):
+        return []
+    summary = Path(reward).parent / "summary.json"
+    if not summary.exists():
+        return []
+    metrics = json.loads(summary.read_text(encoding="utf-8"))["metrics"]
+    found = metrics.get("val/rewards/accuracies")
+    return [] if found is None else [StageResults({ACCURACY: float(found["last"])})]
+
+
+def work_of(batch: Any) -> Work:  # Any: batches of RolloutData
+    """Work of experience: the tokens that are trained on, every prompt once; the time of the sampling counts."""
+    return Work(tokens=batch.num_tokens, rows=batch.num_groups)
+
+
+RECIPE = Recipe(
+    name="rlhf",
+    module=RLHFModule,
+    data=RolloutData,
+    defaults={"data.train": "playground"},
+    headline=(
+        "gold_reward",
+        "reward/mean",
+        "reward/std",
+        ACCURACY,
+        "reward_variance/within_prompt",
+        "reward_variance/zero_share",
+        "kl",
+        "kl_coefficient",
+        "entropy",
+        "response/length",
+        "response/ended_share",
+        "clip_fraction",
+        "value/explained_variance",
+        "rewards/accuracies",
+    ),
+    before=earlier_stages,
+    callbacks=watching,
+    work=work_of,
+)
+
+
+def with_preset(args: Sequence[str]) -> list[str]:
+    """The command line with `--preset NAME` as the configuration file it stands for, before all else."""
+    rest, names, taken = [], [], False
+    for i, arg in enumerate(args):
+        if taken:
+            taken = False
+        elif arg == "--preset":
+            names.append(args[i + 1] if i + 1 < len(args) else "")
+            taken = True
+        elif arg.startswith("--preset="):
+            names.append(arg.partition("=")[2])
+        else:
+            rest.append(arg)
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"error: Unknown preset {name!r}; known: {', '.join(known)}.")
+    return [*(f"--config={PRESETS / name}.yaml" for name in names), *rest]
+
+
+def main(args: Sequence[str] | None = None) -> RunResult:
+    """Run the recipe with these command-line arguments, the process's own if not given."""
+    return run_recipe(RECIPE, with_preset(sys.argv[1:] if args is None else args))
+
+
+if __name__ == "__main__":
+    main()
