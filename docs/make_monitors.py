@@ -28,8 +28,8 @@ ALERTS = """
 An alert is raised once per run and source, when all limits of its rule have been passed in as many measurements in a row as its
 patience says. It goes to the console, to TensorBoard as text, and to `alerts.jsonl` in the run's folder. A limit is changed, or
 turned off with `nan`, where the monitor is made: `RewardVarianceMonitor(thresholds={"reward_variance/zero_share": 0.95})`; of a
-rule with several limits the key's last part is added: `{"displacement/chosen_falls/share": 0.7}`. The limits are conventions of the
-field and of this project, not laws: a run on your data may be healthy beyond them.
+rule with several limits the key's last part is added: `{"displacement/chosen_falls/share": 0.7}`. The limits are conventions of
+the field and of this project, not laws: a run on your data may be healthy beyond them.
 
 | alert | level | raised when | patience | what to change |
 |---|---|---|---|---|

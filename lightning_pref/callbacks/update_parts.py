@@ -99,10 +99,11 @@ def _norm(values: Tensor) -> Tensor:
     exact = torch.float32 if values.device.type == "mps" else torch.float64
     if reads_are_free(values):
         # There float32 is four times as fast, and that it could not square a spike can be seen at once.
-        quick = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+        quick: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
         if quick.isfinite():
             return quick.double()
-    return torch.linalg.vector_norm(values, dtype=exact)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=exact)
+    return norm
 
 
 class ScaledRates:
