@@ -156,12 +156,21 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self.folder = Path(self.config.run.root) / self.recipe.name / _run_name(self.config.run.name)
         self._claim_folder()
+        self._spread_seed()
         # The constructors refuse what cannot be meant; better so before a first stage than after it.
         parts = Namespace(model=self.config.model, data=self.config.data)  # type: ignore[no-untyped-call]
         self.parser.instantiate_classes(parts)
         self.recipe.before(self.config, self.folder)
         if self.config.data.tokenizer is None:
             self.config.data.tokenizer = self.config.model.model
+
+    def _spread_seed(self) -> None:
+        """One seed for the run: what orders the data and makes fresh weights follows it, unless seeded otherwise than by 0."""
+        seed = self.config.seed_everything
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            return
+        for part in (self.config.data, self.config.model.loading):
+            part.seed = part.seed or seed
 
     def _claim_folder(self) -> None:
         """Make the run folder, and refuse one that holds another run: its metrics and configuration would be overwritten."""

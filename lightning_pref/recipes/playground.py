@@ -32,7 +32,8 @@ def fine_tune_first(config: Namespace, folder: Path) -> None:
     export = Path(config.run.root) / sft.RECIPE.name / name / "export"
     # A run that is resumed has its first stage behind it.
     if config.run.resume is None or not export.exists():
-        args = [f"--run.root={config.run.root}", f"--run.name={name}", f"--model.model={preset}"]
+        seed = f"--seed_everything={config.seed_everything}"
+        args = [f"--run.root={config.run.root}", f"--run.name={name}", f"--model.model={preset}", seed]
         cache_dir = config.data.cache_dir
         sft.main([*args, *([f"--data.cache_dir={cache_dir}"] if cache_dir is not None else [])])
     config.model.model = str(export)

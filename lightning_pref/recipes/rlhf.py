@@ -47,7 +47,7 @@ def earlier_stages(config: Namespace, folder: Path) -> None:
     from lightning_pref.recipes import reward, sft
 
     name, root = f"for-rlhf-{folder.name}", Path(config.run.root)
-    common = [f"--run.root={root}", f"--run.name={name}"]
+    common = [f"--run.root={root}", f"--run.name={name}", f"--seed_everything={config.seed_everything}"]
     if is_preset(str(config.model.model)):
         export = root / sft.RECIPE.name / name / "export"
         # A run that is resumed has its first stages behind it.

@@ -219,3 +219,14 @@ def test_a_resumed_run_goes_on_from_the_saved_step_and_ends_as_if_uninterrupted(
     assert [summary_of(run.folder)["steps"] for run in (whole, rest)] == [10, 10]
     assert rest.metrics["loss"].last == whole.metrics["loss"].last
     assert summary_of(rest.folder)["digests"] == summary_of(whole.folder)["digests"]
+
+
+def test_one_seed_orders_the_data_and_makes_fresh_weights_unless_they_have_their_own(bench: Any) -> None:
+    folder = bench.dpo("--run.name=five", "--seed_everything=5", "--model.loading.seed=3").folder
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["data"]["seed"], config["model"]["loading"]["seed"]) == (5, 3)
+    first, same, other = (
+        summary_of(bench.dpo(f"--run.name={name}", f"--seed_everything={seed}", "--data.batch_size=2").folder)["digests"]
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == same != other
