@@ -37,7 +37,15 @@ from lightning_pref.measures.forgetting import (
 )
 from lightning_pref.measures.mass_shift import probability_change
 from lightning_pref.measures.means import WeightedMeans
-from lightning_pref.measures.overoptimization import best_of_n
+from lightning_pref.measures.overoptimization import (
+    GaoFit,
+    best_of_n,
+    best_of_n_curve,
+    ensemble_growth,
+    fit_gao,
+    kl_of_best_of_n,
+    past_peak,
+)
 from lightning_pref.measures.pair_history import PairHistory
 from lightning_pref.measures.policy_update import explained_variance, is_clipped, is_value_clipped
 from lightning_pref.measures.ranking import flip_threshold, idealized_ranking_accuracy, implicit_accuracy, ranking_accuracy
@@ -56,6 +64,7 @@ from lightning_pref.measures.variance import RewardVariance, prompt_statistics, 
 __all__ = [
     "Calibration",
     "Displacement",
+    "GaoFit",
     "GradientProducts",
     "Head",
     "LengthBias",
@@ -72,13 +81,16 @@ __all__ = [
     "average_forgetting",
     "average_ranks",
     "best_of_n",
+    "best_of_n_curve",
     "bootstrap_deviations",
     "ches",
     "ches_from_sums",
     "compare_pairs",
     "edit_distance",
     "effective_lr_multiplier",
+    "ensemble_growth",
     "explained_variance",
+    "fit_gao",
     "flip_threshold",
     "gradient_spike_score",
     "head_gradient_products",
@@ -88,6 +100,7 @@ __all__ = [
     "is_clipped",
     "is_displaced",
     "is_value_clipped",
+    "kl_of_best_of_n",
     "length_balanced_accuracy",
     "length_correlation",
     "max_drawdown",
@@ -95,6 +108,7 @@ __all__ = [
     "noise_floor",
     "normalized_edit_distance",
     "pair_confidence",
+    "past_peak",
     "pearson",
     "predicted_changes",
     "probability_change",
