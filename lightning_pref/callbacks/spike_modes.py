@@ -127,22 +127,32 @@ class SpamMode(Mode):
         owned = ((gradient.parameter, gradient.values) for gradient in parts.gradients)
         self._sums[2] += squared_norm(owned, parts.world_size, parts.flat_shards).to(self._sums)
         if self.threshold and track.since_reset >= self.guard_steps:
-            for gradient in parts.gradients:
-                self._clip(track, gradient)
+            moments = [(g, self._squares(track, g.parameter, g.group)) for g in parts.gradients]
+            for gradient, squares in self._suspects([(g, s) for g, s in moments if s is not None and s.numel()]):
+                self._clip(gradient, squares)
         track.scale_rates(self.warmup_steps)
         return None
 
-    def _clip(self, track: Track, gradient: LocalGradient) -> None:
-        squares = self._squares(track, gradient.parameter, gradient.group)
-        if squares is None or not squares.numel():
-            return
-        if reads_are_free(squares) and gradient.values.dtype == squares.dtype:
-            # Nearly always there is nothing to cut.
-            peak = peak_ratio(gradient.values, squares)
-            if peak <= self.threshold:
-                self._sums[1] += squares.numel() if self._all_known(gradient.parameter, squares) else squares.count_nonzero()
-                self._max_ratio = torch.maximum(self._max_ratio, peak.double())
-                return
+    def _suspects(self, held: list[tuple[LocalGradient, Tensor]]) -> list[tuple[LocalGradient, Tensor]]:
+        """The gradients that may have something to cut; counts the others, where a look at numbers costs no wait."""
+        if not held or not all(reads_are_free(squares) and gradient.values.dtype == squares.dtype for gradient, squares in held):
+            return held
+        # One look at all tensors together. Nearly always there is nothing to cut.
+        ratios = [peak_ratio(g.values, squares, all_positive=id(g.parameter) in self._known) for g, squares in held]
+        peaks = torch.stack([ratio.double() for ratio in ratios]).tolist()
+        suspects, active, largest = [], 0, 0.0
+        for (gradient, squares), peak in zip(held, peaks, strict=True):
+            if not peak <= self.threshold:  # nan, too
+                suspects.append((gradient, squares))
+                continue
+            known = self._all_known(gradient.parameter, squares)
+            active += squares.numel() if known else int(squares.count_nonzero())
+            largest = max(largest, peak)
+        self._sums[1] += active
+        self._max_ratio = self._max_ratio.clamp(min=largest)
+        return suspects
+
+    def _clip(self, gradient: LocalGradient, squares: Tensor) -> None:
         clip = spike_clip(gradient.values, squares, threshold=self.threshold, strict=self.strict)
         gradient.values.copy_(clip.gradient)
         self._sums[0] += clip.num_clipped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -88,22 +88,25 @@ def squared_norm(parts: Iterable[tuple[Tensor, Tensor]], world_size: int, flat_s
     Returns:
         [], float64 where the device has it; not finite where any entry is not.
     """
-    shares = []
-    for parameter, values in parts:
-        shares.append(_norm(values).square() / num_copies(parameter, world_size, flat_shards))
-    return torch.stack(shares).sum()
+    held = list(parts)
+    copies = [num_copies(parameter, world_size, flat_shards) for parameter, _ in held]
+    squares = _norms([values for _, values in held]).square()
+    # Numbers of Python, since a tensor of them would have to be brought to the device.
+    if len(set(copies)) == 1:
+        return squares.sum() / copies[0]
+    return torch.stack([square / times for square, times in zip(squares.unbind(), copies, strict=True)]).sum()
 
 
-def _norm(values: Tensor) -> Tensor:
-    """Norm of a tensor, float64 where the device has it."""
-    exact = torch.float32 if values.device.type == "mps" else torch.float64
-    if reads_are_free(values):
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm of each tensor, float64 where the device has it."""
+    if all(map(reads_are_free, tensors)):
         # There float32 is four times as fast, and that it could not square a spike can be seen at once.
-        quick: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
-        if quick.isfinite():
-            return quick.double()
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=exact)
-    return norm
+        quick = [torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)) for values in tensors]
+        norms = torch.stack([norm.double() for norm in quick])
+        if norms.isfinite().all():
+            return norms
+    exact = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    return torch.stack([torch.linalg.vector_norm(values, dtype=exact) for values in tensors])
 
 
 class ScaledRates:

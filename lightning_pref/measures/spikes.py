@@ -103,16 +103,22 @@ def spike_clip(gradient: Tensor, second_moment: Tensor, *, threshold: float, str
     )
 
 
-def peak_ratio(gradient: Tensor, second_moment: Tensor) -> Tensor:
+def peak_ratio(gradient: Tensor, second_moment: Tensor, *, all_positive: bool = False) -> Tensor:
     """Largest squared gradient over second moment, [], in a third of the time that `spike_clip` takes.
 
     A coordinate without a second moment has a ratio of 0 if it has no gradient, and a huge one if it has. Not finite where a
     gradient is not. What is at most a threshold here has nothing for `spike_clip` to cut at that threshold.
 
+    Args:
+        gradient: Any shape.
+        second_moment: Same shape.
+        all_positive: Says that no second moment is 0, which saves a look.
+
     >>> peak_ratio(torch.tensor([3.0, -50.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])).item()
     2500.0
     """
-    return gradient.square().div_(second_moment.clamp(min=torch.finfo(second_moment.dtype).tiny)).amax()
+    divisor = second_moment if all_positive else second_moment.clamp(min=torch.finfo(second_moment.dtype).tiny)
+    return gradient.square().div_(divisor).amax()
 
 
 def gradient_spike_score(gradients: Tensor) -> Tensor:

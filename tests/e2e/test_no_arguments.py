@@ -17,28 +17,29 @@ import lightning_pref
 from lightning_pref.cli import RunResult
 from lightning_pref.recipes import dpo
 
+ROOT = Path(lightning_pref.__file__).parents[1]
+
+
+def run_alone(recipe: str, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """A recipe as a newcomer calls it: in an empty folder, with an empty cache, offline."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
+    command = [sys.executable, "-m", f"lightning_pref.recipes.{recipe}", *args]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr
+    return done
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_dpo_without_arguments_raises_the_margin_and_the_gold_reward(tmp_path: Path) -> None:
-    root = Path(lightning_pref.__file__).parents[1]
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
-    run = subprocess.run(
-        [sys.executable, "-m", "lightning_pref.recipes.dpo"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-
+    run = run_alone("dpo", tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {"cache", "runs"}
     (folder,) = (tmp_path / "runs" / "dpo").iterdir()
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
@@ -117,20 +118,9 @@ def test_a_resumed_run_does_not_repeat_its_first_stage(folder_with_a_run: Path, 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_reward_without_arguments_learns_what_the_gold_reward_prefers(tmp_path: Path) -> None:
-    root = Path(lightning_pref.__file__).parents[1]
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
 
     def run(*args: str) -> Path:
-        command = [sys.executable, "-m", "lightning_pref.recipes.reward", *args]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "Traceback" not in done.stderr
+        run_alone("reward", tmp_path, *args)
         (folder,) = (tmp_path / args[0].partition("=")[2] if args else tmp_path / "runs").glob("reward/*")
         return folder
 
@@ -155,7 +145,7 @@ def test_reward_without_arguments_learns_what_the_gold_reward_prefers(tmp_path: 
 
     # The same start, and labels of a judge that takes many words for effort.
     start = next((tmp_path / "runs" / "sft").glob("*/export"))
-    config = root / "lightning_pref" / "recipes" / "configs" / "reward_playground.yaml"
+    config = ROOT / "lightning_pref" / "recipes" / "configs" / "reward_playground.yaml"
     flawed = run("--run.root=flawed", f"--config={config}", f"--model.model={start}", "--data.playground.flaw=length")
     biased = json.loads((flawed / "summary.json").read_text())
     for key in (f"{probe}/length_correlation", "val/rewards/length_correlation"):
@@ -167,17 +157,7 @@ def test_reward_without_arguments_learns_what_the_gold_reward_prefers(tmp_path: 
 @pytest.mark.slow
 @pytest.mark.timeout(1100)
 def test_rlhf_without_arguments_raises_the_gold_reward_from_a_reward_model_it_trained(tmp_path: Path) -> None:
-    root = Path(lightning_pref.__file__).parents[1]
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("LIGHTNING_PREF_RUN_NAME", None)
-    command = [sys.executable, "-m", "lightning_pref.recipes.rlhf"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_alone("rlhf", tmp_path)
     assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"sft", "reward", "rlhf"}
     (folder,) = (tmp_path / "runs" / "rlhf").iterdir()
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
