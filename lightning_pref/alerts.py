@@ -7,7 +7,7 @@ name, what is wrong, since when, on what evidence, and what to change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
@@ -395,10 +395,3 @@ class Judge:
         """Take up the state of another judge."""
         self._streaks = {place: (int(since), int(count)) for place, (since, count) in state["streaks"].items()}
         self._raised = set(state["raised"])
-
-
-def worst_level(alerts: Iterable[Alert]) -> Level | None:
-    """The highest level among alerts."""
-    order: tuple[Level, ...] = ("info", "warning", "critical")
-    levels = [alert.level for alert in alerts]
-    return max(levels, key=order.index) if levels else None

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lightning_pref.alerts import ALERT_RULES, Alert, AlertRule, Judge, Limit, alert_rules, worst_level
+from lightning_pref.alerts import ALERT_RULES, Alert, AlertRule, Judge, Limit, alert_rules
 
 HIGH = AlertRule(limits=(Limit("x/value", above=1.0),), patience=3, advice="Lower x.")
 BOTH = AlertRule(level="critical", limits=(Limit("x/up", above=1.0), Limit("x/down", below=-1.0)), advice="Look.")
@@ -68,12 +68,6 @@ def test_text_has_level_name_since_evidence_and_advice() -> None:
     (alert,) = Judge({"x/both": BOTH}).alerts({"x/up": 2.0, "x/down": -3.0}, step=7, evidence=lambda rule: f"Rows of {rule}.")
     assert alert.text() == ("CRITICAL x/both since step 7: x/up is 2 (above 1), x/down is -3 (below -1). Rows of x/both. Look.")
     assert Alert(**json.loads(json.dumps(alert.as_dict()))) == alert
-
-
-def test_worst_level() -> None:
-    judge = Judge({"x/both": BOTH, "x/high": AlertRule(limits=(Limit("x/up", above=0.0),), advice="")})
-    assert worst_level(judge.alerts({"x/up": 2.0, "x/down": -3.0}, step=0)) == "critical"
-    assert worst_level([]) is None
 
 
 def test_limits_can_be_set_and_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ class SpamMode(Mode):
     @override
     def attach(self, track: Track) -> None:
         """Refuse what cannot be clipped or restarted."""
+        self._known.clear()  # ids of another run's parameters may be given again
         name = type(track.optimizer).__name__
         if self.threshold and not track.moments.keeps_squares:
             raise ValueError(

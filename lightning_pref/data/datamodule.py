@@ -29,7 +29,7 @@ from lightning_pref.data.sources import read_rows
 from lightning_pref.data.store import GroupStore, GroupSubset, GroupTable
 from lightning_pref.data.templates import Tokenization
 from lightning_pref.data.truncation import Truncation
-from lightning_pref.models.backbones import load_tokenizer
+from lightning_pref.models.backbones import given_tokenizer
 
 Part = Literal["train", "val", "replay"]
 
@@ -177,10 +177,7 @@ class PreferenceData(L.LightningDataModule):
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use where it was given by name."""
-        if self.tokenizer is None:
-            raise ValueError("`tokenizer` is not set; give the folder or hub id of the model, or the tokenizer itself.")
-        if isinstance(self.tokenizer, str):
-            self.tokenizer = load_tokenizer(self.tokenizer)
+        self.tokenizer = given_tokenizer(self.tokenizer)
         return self.tokenizer
 
     @property

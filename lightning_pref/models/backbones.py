@@ -158,6 +158,13 @@ def enable_gradient_checkpointing(model: PreTrainedModel | PeftModel) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
+def given_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a setting that is a name or the object itself."""
+    if tokenizer is None:
+        raise ValueError("`tokenizer` is not set; give the folder or hub id of the model, or the tokenizer itself.")
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients inside, the mode of every single module as it was afterwards."""

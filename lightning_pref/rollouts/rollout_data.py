@@ -18,7 +18,7 @@ from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSett
 from lightning_pref.data.sources import RowSource, read_rows
 from lightning_pref.data.templates import Tokenization
 from lightning_pref.losses.ensemble import How
-from lightning_pref.models.backbones import Dtype, load_tokenizer
+from lightning_pref.models.backbones import Dtype, given_tokenizer
 from lightning_pref.rollouts.engines.generate import CachedSampler
 from lightning_pref.rollouts.experience import Collects, ExperienceLoader, Instruments, UpdatePlan
 from lightning_pref.rollouts.prompts import Prompt, PromptSampler, prompts_digest, read_prompts
@@ -154,10 +154,7 @@ class RolloutData(L.LightningDataModule):
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use where it was given by name."""
-        if self.tokenizer is None:
-            raise ValueError("`tokenizer` is not set; give the folder or hub id of the model, or the tokenizer itself.")
-        if isinstance(self.tokenizer, str):
-            self.tokenizer = load_tokenizer(self.tokenizer)
+        self.tokenizer = given_tokenizer(self.tokenizer)
         return self.tokenizer
 
     @property
