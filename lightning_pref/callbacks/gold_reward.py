@@ -59,7 +59,8 @@ class GoldReward(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._measure(trainer, pl_module)
+        if self._measured_at < 0:  # a run that goes on has measured what it began with
+            self._measure(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -72,6 +73,21 @@ class GoldReward(Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
+        return {
+            "version": 1,
+            "measured_at": self._measured_at,
+            "first": [tuple(sample) for sample in self.first],
+            "last": [tuple(sample) for sample in self.last],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
+        self._measured_at = state_dict["measured_at"]
+        self.first = [Sample(*sample) for sample in state_dict["first"]]
+        self.last = [Sample(*sample) for sample in state_dict["last"]]
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == self._measured_at:

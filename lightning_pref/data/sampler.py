@@ -116,7 +116,10 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
         to be kept to go on inside an epoch.
         """
         if not 0 <= batch <= len(self):
-            raise ValueError(f"`batch` must be in [0, {len(self)}], the batches of an epoch, got {batch!r}.")
+            raise ValueError(
+                f"The checkpoint was written {batch} micro-batches into an epoch, and an epoch has {len(self)} of them now: the "
+                "data, the size of a batch or the number of processes is another. Resume with what the run was started with."
+            )
         self.epoch, self._start = epoch, batch
 
 
@@ -124,7 +127,8 @@ class GroupLoader(DataLoader[GroupBatch]):
     """Loads planned batches, beginning only when the first one is asked for.
 
     A plain `DataLoader` with workers asks its sampler for rows as soon as an iterator exists. Lightning makes the iterator
-    before it sets the epoch, so a resumed run would begin with batches of another epoch.
+    before it sets the epoch, so a resumed run would begin with batches of another epoch. It also draws from the global random
+    numbers with every new iterator; given a generator of its own it does not.
     """
 
     @override

@@ -61,6 +61,17 @@ class WeightedMeans(Metric):
         """Go along to another device, but stay in float64: `Module.to(torch.bfloat16)` gets past torchmetrics' own guard."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
 
+    def partial(self) -> dict[str, Tensor]:
+        """A copy of what this process has counted so far, on the CPU."""
+        return {"sums": self.sums.cpu().clone(), "weights": self.weights.cpu().clone()}
+
+    def take_up(self, counted: Mapping[str, Tensor]) -> None:
+        """Go on from what `partial` gave."""
+        self.reset()
+        self.sums.copy_(counted["sums"])
+        self.weights.copy_(counted["weights"])
+        self._update_count = 1  # else torchmetrics warns of a mean of nothing
+
     @override
     def compute(self) -> dict[str, Tensor]:
         """Mean of every name, on every rank the same."""

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_pref.alerts import Alert
 from lightning_pref.callbacks.gold_reward import Sample
+from lightning_pref.escaping import on_terminal
 
 PACKAGES = ("lightning-pref", "torch", "lightning", "transformers", "peft", "datasets")
 
@@ -54,6 +55,14 @@ class RunRecord(Logger):
             if key != "epoch":
                 first = self.metrics[key].first if key in self.metrics else float(value)
                 self.metrics[key] = FirstLast(first, float(value))
+
+    def rank_state(self) -> dict[str, Any]:  # Any: plain data
+        """All values, for an exact resume."""
+        return {"metrics": {key: tuple(pair) for key, pair in self.metrics.items()}}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:  # Any: as above
+        """Take up what `rank_state` gave."""
+        self.metrics = {key: FirstLast(*pair) for key, pair in state["metrics"].items()}
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -119,7 +128,7 @@ def print_summary(
     console.print(table if table.row_count else f"{title}, nothing new was measured")
     width = max(len(name) for name in places)
     for name, place in places.items():
-        console.print(f"  {name.ljust(width)}  {place}", highlight=False, soft_wrap=True)
+        console.print(f"  {name.ljust(width)}  {place}", highlight=False, markup=False, soft_wrap=True)
 
 
 def read_alerts(path: Path) -> list[Alert]:
@@ -152,4 +161,4 @@ def print_samples(first: Sequence[Sample], last: Sequence[Sample], *, console: C
     }
     width = max(map(len, lines))
     for name, text in lines.items():
-        console.print(f"  {name.ljust(width)}  {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {name.ljust(width)}  {on_terminal(text)}", highlight=False, markup=False, soft_wrap=True)

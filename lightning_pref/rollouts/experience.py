@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup, WindowCounts
+from lightning_pref.data.run_place import RunPlace
 from lightning_pref.rollouts.prompts import Prompt, PromptSampler
 from lightning_pref.rollouts.rewards import Reward
 from lightning_pref.rollouts.sampling import Sampler, Sampling
@@ -152,6 +153,14 @@ class Task(NamedTuple):
     plan: UpdatePlan
 
 
+class InHand(NamedTuple):
+    """The rollout that is being trained on."""
+
+    epoch: int
+    rollout: int  # its number in the epoch
+    experience: Experience
+
+
 class Collects(Protocol):
     """What the loader asks of a module."""
 
@@ -278,32 +287,57 @@ class ExperienceLoader:
         self.num_samples = num_samples
         self.instruments = instruments
         self.collector = collector
-        self._start = 0
+        self._start = RunPlace(0, 0)
+        self._in_hand: InHand | None = None
 
     def __len__(self) -> int:
         """Micro-batches of this rank in an epoch."""
         return self.sampler.num_rollouts * self.plan.num_batches
 
     def __iter__(self) -> Iterator[ExperienceBatch]:
-        start, self._start = self._start, 0
+        start = self._start.batch if self._start.epoch == self.sampler.epoch else 0
+        self._start = RunPlace(0, 0)
         for rollout in range(start // self.plan.num_batches, self.sampler.num_rollouts):
             module = self.collector()
             seed = self.sampler.seed_of(rollout)
-            experience = module.collect(self._task(rollout, seed))
             skipped = max(0, start - rollout * self.plan.num_batches)
+            experience = self._experience_of(rollout)
+            if experience is None:
+                experience = module.collect(self._task(rollout, seed))
+                self._in_hand = InHand(self.sampler.epoch, rollout, experience)
             for number, batch in enumerate(micro_batches(experience, self.plan, seed=seed, total=module.total)):
                 if number >= skipped:
                     yield batch
+            self._in_hand = None
 
-    def resume(self, batch: int) -> None:
-        """Let the next pass begin at this micro-batch.
+    def _experience_of(self, rollout: int) -> Experience | None:
+        """The experience in hand, if it is that of this rollout."""
+        if self._in_hand is None or self._in_hand[:2] != (self.sampler.epoch, rollout):
+            return None
+        return self._in_hand.experience
 
-        Inside a rollout that rollout is collected again, with the weights as they are now: what the checkpoint was trained on
-        is gone. Between two rollouts the run goes on as if it had never stopped.
+    def resume(self, place: RunPlace) -> None:
+        """Let the next pass begin at this micro-batch, if it is one through this epoch.
+
+        Inside a rollout that rollout is collected again, with the weights as they are now, unless `take_up` brings it back.
+        Between two rollouts the run goes on as if it had never stopped.
         """
-        if not 0 <= batch <= len(self):
-            raise ValueError(f"`batch` must be in [0, {len(self)}], the micro-batches of an epoch, got {batch!r}.")
-        self._start = batch
+        if not 0 <= place.batch <= len(self):
+            raise ValueError(
+                f"The checkpoint was written {place.batch} micro-batches into an epoch, and an epoch has {len(self)} of them "
+                "now: the prompts, `num_prompts`, the number of updates of a rollout or of processes is another. Resume with "
+                "what the run was started with."
+            )
+        self._start = place
+
+    def take_up(self, in_hand: InHand) -> None:
+        """Train on this rollout instead of collecting it."""
+        self._in_hand = in_hand
+
+    def in_hand_at(self, place: RunPlace) -> InHand | None:
+        """The rollout in hand, if the micro-batch at this place is one of it."""
+        there = (place.epoch, place.batch // self.plan.num_batches)
+        return self._in_hand if self._in_hand is not None and self._in_hand[:2] == there else None
 
     def _task(self, rollout: int, seed: int) -> Task:
         drawn = self.sampler.drawn(rollout)

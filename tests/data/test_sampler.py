@@ -144,7 +144,7 @@ def test_a_position_is_forgotten_when_another_epoch_begins(tmp_path: Path, rando
     batches.sampler.resume(0, 3)
     batches.sampler.set_epoch(1)
     assert len(list(batches)) == 3
-    with pytest.raises(ValueError, match=r"`batch` must be in \[0, 3\].*got 4"):
+    with pytest.raises(ValueError, match="4 micro-batches into an epoch, and an epoch has 3 of them now"):
         batches.sampler.resume(0, 4)
 
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rollouts import MOVING, rollout_data, speaker
 
+from lightning_pref.data.run_place import RunPlace
 from lightning_pref.models.reference import EmaSettings
 from lightning_pref.modules.rlhf import RLHFModule
 from lightning_pref.modules.rlhf_settings import KLSettings, ScoreSettings
@@ -68,7 +69,7 @@ def test_inside_a_rollout_it_is_collected_again_and_the_rest_of_it_trained_on(tm
 
     loader.collector = Collector  # type: ignore[assignment]
     loader.instruments = lambda: None  # type: ignore[assignment,return-value]
-    loader.resume(3)
+    loader.resume(RunPlace(0, 3))
     with pytest.raises(RuntimeError, match="StopIteration"):
         next(iter(loader))
     assert collected == [1], "the second of four rollouts of two updates each"

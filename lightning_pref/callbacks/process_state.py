@@ -1,0 +1,112 @@
+"""What one process of a run has for itself, for a checkpoint that one of them writes; and what all of them agree on."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import RandomSampler
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Carrier(Protocol):
+    """A part of a run that keeps something of its own process which Lightning does not put into checkpoints."""
+
+    def rank_state(self) -> dict[str, Any]:  # Any: plain data and tensors
+        """What it keeps, as plain data and CPU tensors; called on every rank between two updates."""
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:  # Any: as above
+        """Take up what `rank_state` gave on the same rank, before the first batch."""
+
+
+def carriers_of(trainer: L.Trainer) -> dict[str, Carrier]:
+    """The module, the data and the loggers that keep something, by a name that a resumed run finds again."""
+    parts: dict[str, object] = {"module": trainer.lightning_module, "data": trainer.datamodule}  # type: ignore[attr-defined]
+    parts |= {f"logger {type(sink).__name__}": sink for sink in trainer.loggers}
+    return {name: part for name, part in parts.items() if isinstance(part, Carrier)}
+
+
+def keeps_place(trainer: L.Trainer) -> bool:
+    """Whether the data goes on inside an epoch: the data module keeps its place, or each loader does. Warns where not."""
+    datamodule, loaders = trainer.datamodule, trainer.fit_loop._combined_loader  # type: ignore[attr-defined]  # noqa: SLF001
+    if datamodule is not None and type(datamodule).state_dict is not L.LightningDataModule.state_dict:
+        return True
+    flat = [] if loaders is None else loaders.flattened
+    if flat and all(callable(getattr(loader, "load_state_dict", None)) for loader in flat):
+        return True
+    # No generator of its own: the order is drawn from the global random numbers when an epoch begins.
+    shuffles = any(isinstance(s := getattr(loader, "sampler", None), RandomSampler) and s.generator is None for loader in flat)
+    logger.warning(
+        "The training data cannot tell where it is, so that checkpoints are written between epochs only%s. Give a loader with "
+        "`state_dict` and `load_state_dict` (torchdata's StatefulDataLoader), or a data module that keeps its place.",
+        ", and the order of the rows after a resume is another, since it is drawn from the global random numbers"
+        if shuffles
+        else "",
+    )
+    return False
+
+
+def random_state(device: torch.device) -> dict[str, Any]:  # Any: the formats of four libraries
+    """The random states of Python, NumPy, torch, and this process's GPU."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one is what users draw from
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [str(kind), [int(key) for key in keys], int(place), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def load_random_state(state: dict[str, Any] | None, device: torch.device) -> None:  # Any: as above
+    """Put all random states where they were, where that is known."""
+    if state is None:
+        return
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, numbers, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(numbers, dtype=np.uint32), place, has_gauss, cached))  # noqa: NPY002  # as above
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+class Processes:
+    """The processes of a run, talking about small things on the host: the GPU need not be waited for.
+
+    Making one is collective where there are several processes.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self.world_size = 1
+        if dist.is_available() and dist.is_initialized():
+            self.world_size = dist.get_world_size()
+            if self.world_size > 1 and "gloo" not in dist.get_backend():
+                self._group = dist.new_group(backend="gloo")
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of these are so on any rank, on every rank the same."""
+        if self.world_size == 1:
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:  # Any: plain data and tensors
+        """What every rank has, on the first one; its own alone on the others."""
+        if self.world_size == 1:
+            return [own]
+        found: list[Any] = [None] * self.world_size
+        first = dist.get_rank() == 0
+        dist.gather_object(own, found if first else None, dst=0, group=self._group)
+        return found if first else [own]
