@@ -12,14 +12,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_pref.data.rows import FIX_OR_SKIP, Place, RowError, shorten
+from lightning_pref.escaping import on_terminal
 
 RawRow = Mapping[str, object] | RowError
 
 # Rows turned into Python objects at a time.
 _ROWS_PER_CHUNK = 1024
 
+# Characters of a header that a message shows.
+_SHOWN_HEADER = 200
+
 # Columns that are no text; a CSV cell of theirs is read as JSON.
 _JSON_COLUMNS = frozenset({"label", "labels", "margin", "ranks", "scores", "responses", "completions", "messages"})
+
+
+# What an Arrow stream ends with.
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+# Of a columnar file: its structure, text that is no UTF-8, and dates beyond those of Python.
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[Place, RawRow]]:
@@ -57,11 +68,13 @@ def read_csv(path: Path) -> Iterator[tuple[Place, RawRow]]:
     # Bytes that are no UTF-8 become lone surrogates, which the tokenisation reports with the row they stand in.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}: the header names a column twice: {', '.join(header)}. Rename one of them.")
-        line = reader.line_num + 1
+        line = 1
         try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                names = on_terminal(", ".join(header)[:_SHOWN_HEADER])
+                raise ValueError(f"{path}: the header names a column twice: {names}. Rename one of them.")
+            line = reader.line_num + 1
             for cells in reader:
                 if cells:
                     yield Place(path.name, line), _named_cells(header, cells, Place(path.name, line))
@@ -77,7 +90,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Place, RawRow]]:
     try:
         with pq.ParquetFile(path) as file:
             yield from _numbered(file.iter_batches(batch_size=_ROWS_PER_CHUNK), path)
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, "Parquet", error) from error
 
 
@@ -91,8 +104,9 @@ def read_arrow(path: Path) -> Iterator[tuple[Place, RawRow]]:
                 reader = pa.ipc.open_file(file)
                 yield from _numbered((reader.get_batch(i) for i in range(reader.num_record_batches)), path)
             else:
+                _check_stream_end(file)
                 yield from _numbered(iter(pa.ipc.open_stream(file)), path)
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         raise _damaged(path, "Arrow", error) from error
 
 
@@ -161,5 +175,16 @@ def _numbered(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[tuple[P
                 yield Place(path.name, number), row
 
 
+def _check_stream_end(file: pa.MemoryMappedFile) -> None:
+    """A stream that is cut between two of its parts would be read as a shorter one; the mark at its end is then missing."""
+    file.seek(max(0, file.size() - len(_END_OF_STREAM)))
+    found = file.read()
+    file.seek(0)
+    if found != _END_OF_STREAM:
+        raise pa.ArrowInvalid("the mark at its end is missing")
+
+
 def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(f"{path}: text in this {kind} file is no UTF-8 ({error}). Write its names and text as UTF-8.")
     return ValueError(f"{path}: not a whole {kind} file ({error}). It may have been cut off while it was copied; copy it again.")

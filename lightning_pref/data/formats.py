@@ -29,6 +29,10 @@ class RowType:
     optional: frozenset[str] = frozenset()
 
 
+# A file may have any number of columns of any name, and a message names the first of them.
+_SHOWN_COLUMNS = 12
+_SHOWN_CHARACTERS = 40
+
 SHARED_COLUMNS = frozenset({"tools", "chat_template_kwargs", "source"})
 
 
@@ -203,7 +207,7 @@ def _recognise(present: frozenset[str]) -> str:
     for name, kind in ROW_TYPES.items():
         if kind.required <= typed <= kind.required | kind.optional:
             return name
-    columns = f"the columns {', '.join(sorted(present))}" if present else "no column with a value"
+    columns = f"the columns {_listed(present)}" if present else "no column with a value"
     complete = [name for name, kind in ROW_TYPES.items() if kind.required <= typed]
     # The completer type hides the ones that it extends: a preference row is no prompt-only row with a surplus.
     rivals = [a for a in complete if not any(ROW_TYPES[a].required < _columns(b) for b in complete if b != a)]
@@ -215,6 +219,12 @@ def _recognise(present: frozenset[str]) -> str:
     parts = [f"lacks {', '.join(missing)}"] if missing else []
     parts += [f"has no {', '.join(surplus)}"] if surplus else []
     return f"{columns}; the nearest row type, {nearest}, {' and '.join(parts)}"
+
+
+def _listed(columns: frozenset[str]) -> str:
+    """The first columns by name, as far as a message has room."""
+    names = [name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..." for name in sorted(columns)]
+    return ", ".join(names[:_SHOWN_COLUMNS]) + (f" and {len(names) - _SHOWN_COLUMNS} more" if len(names) > _SHOWN_COLUMNS else "")
 
 
 def _columns(name: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ from lightning_pref.data.playground_reward import Flaw
 from lightning_pref.data.playground_text import DOMAINS, DomainName
 from lightning_pref.data.rows import Place
 from lightning_pref.data.sources import RowSource
+from lightning_pref.domains import check_range, check_seed
 
 NAME = "playground"
 
@@ -45,6 +46,14 @@ class PlaygroundSettings:
     num_responses: int | None = None
     conversational: bool = True
     flaw: Flaw | None = None
+
+    def __post_init__(self) -> None:
+        check_range("playground.num_rows", self.num_rows, at_least=1)
+        check_range("playground.num_val_rows", self.num_val_rows, at_least=0)
+        check_seed("playground.seed", self.seed)
+        check_range("playground.noise", self.noise, at_least=0, at_most=1)
+        check_range("playground.long_prompts", self.long_prompts, at_least=0, at_most=1)
+        check_range("playground.num_responses", self.num_responses, at_least=2)
 
 
 def is_playground(source: str) -> bool:

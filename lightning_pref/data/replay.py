@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def check_choice(
         raise ValueError(f"`replay_share` is {replay_share!r}, but there is nothing to replay; name the old data by `replay`.")
     if replay is not None and (replay_share is None or not 0 < replay_share < 1):
         raise ValueError(f"`replay` needs a `replay_share` in (0, 1), the share of old rows among all, got {replay_share!r}.")
-    if keep_rows is not None and (keep_rows <= 0 or (keep_rows >= 1 and keep_rows != int(keep_rows))):
+    if keep_rows is not None and (not 0 < keep_rows < math.inf or (keep_rows >= 1 and keep_rows != int(keep_rows))):
         raise ValueError(f"`keep_rows` is a share below 1 or a number of rows, got {keep_rows!r}.")
     if keep_rows_by is not None and keep_rows is None:
         raise ValueError(f"`keep_rows_by` is {keep_rows_by!r}, but all rows are kept; say how many by `keep_rows`.")

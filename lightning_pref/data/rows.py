@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from typing_extensions import override
 
+from lightning_pref.escaping import on_terminal
+
 # Any: a message is JSON; besides `role` and `content` the chat template decides which keys it reads.
 Message = dict[str, Any]
 Messages = list[Message]
@@ -53,7 +55,7 @@ class RowError(ValueError):
     @override
     def __str__(self) -> str:
         field = f", field `{self.field}`" if self.field else ""
-        return f"{self.place}{field}: found {self.finding}; expected {self.expectation}. {self.cure}"
+        return on_terminal(f"{self.place}{field}: found {self.finding}; expected {self.expectation}. {self.cure}")
 
 
 class DroppedRowError(RowError):

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import override
 
@@ -81,7 +82,12 @@ class FileRows(RowSource):
     @property
     @override
     def num_rows(self) -> int | None:
-        return pq.read_metadata(self.path).num_rows if self._suffix == ".parquet" else None
+        if self._suffix != ".parquet":
+            return None
+        try:
+            return int(pq.read_metadata(self.path).num_rows)
+        except (pa.ArrowException, OSError):  # the reading says what is wrong with it
+            return None
 
     @override
     def digest_parts(self) -> tuple[str, ...]:

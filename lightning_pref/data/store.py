@@ -53,6 +53,9 @@ _RANKS, _SCORES, _LABELS, _MARGIN, _STEP_ENDS, _STEP_LABELS = (1 << bit for bit 
 # Tokens the writer holds before it writes them out: 4 MiB of uint32.
 _TOKENS_PER_FLUSH: Final = 1 << 20
 
+# Files up to this size are compared with their digests at every start, which takes some hundredths of a second.
+_ALWAYS_READ_BYTES: Final = 32 << 20
+
 
 class GroupTable(Protocol):
     """Groups by index, with the sizes of all of them as vectors: what batch planning and reference caches need."""
@@ -235,8 +238,8 @@ class GroupStore:
     What there is of each row and response besides tokens is memory-mapped. Tokens are read by position instead, because an
     epoch touches all of them, and a kernel that maps two megabytes at each touch would soon have the whole file resident.
 
-    Opening checks the manifest and the size of every file. A file that was touched since it was written (another time stamp)
-    is read through once and compared with its digest.
+    Opening checks the manifest and the size of every file. A file of up to 32 MiB, and a larger one that was touched since it
+    was written (another time stamp), is read through and compared with its digest.
 
     Args:
         folder: What a `GroupStoreWriter` wrote.
@@ -264,6 +267,10 @@ class GroupStore:
         lengths = self._columns["response_lengths"]
         self.response_tokens: NDArray[np.int64] = np.add.reduceat(lengths, self.response_offsets[:-1], dtype=np.int64)
         self._token_offsets = _offsets(self.prompt_lengths + self.response_tokens)
+        if self._token_offsets[-1] * self._token_type.itemsize != self.manifest["files"]["tokens.bin"]["bytes"]:
+            raise ValueError(
+                f"{self.folder / MANIFEST} is not what was written: its parts contradict each other. {_cure(self.folder)}"
+            )
         self._step_offsets = {
             name: _offsets(self._columns[f"num_{name}"]) for name in ("step_ends", "step_labels") if self._columns[name].size
         }
@@ -362,13 +369,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
+        is_sound = version != FORMAT_VERSION or _agrees_with_itself(manifest)
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} is no token store: {path} is missing. {_cure(folder)}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable manifest ({error}). {_cure(folder)}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}. {_cure(folder)}")
+    if not is_sound:
+        raise ValueError(f"{path} is not what was written: its parts contradict each other. {_cure(folder)}")
     return manifest
+
+
+def _agrees_with_itself(manifest: Mapping[str, Any]) -> bool:
+    """Whether the parts of a manifest belong together; those that are not in its digest follow from the others."""
+    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    dtypes = {name.removesuffix(".bin"): facts["dtype"] for name, facts in files.items()}
+    digests = {name: facts["sha256"] for name, facts in files.items()}
+    return (
+        all(isinstance(facts["bytes"], int) and isinstance(facts["mtime_ns"], int) for facts in files.values())
+        and dtypes.pop("tokens", None) in ("<u2", "<u4")
+        and dtypes == _COLUMNS
+        and manifest["digest"] == _digest_of([manifest["format_version"], manifest["sources"], digests])
+        and files["row_ids.bin"]["bytes"] == manifest["num_groups"] * np.dtype(_COLUMNS["row_ids"]).itemsize
+        and isinstance(manifest["report"], dict)
+    )
 
 
 def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
@@ -378,7 +403,7 @@ def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
     status = path.stat()
     if status.st_size != facts["bytes"]:
         raise ValueError(f"{path} has {status.st_size} bytes where {facts['bytes']} were written. {_cure(folder)}")
-    if status.st_mtime_ns != facts["mtime_ns"]:
+    if status.st_mtime_ns != facts["mtime_ns"] or status.st_size <= _ALWAYS_READ_BYTES:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != facts["sha256"]:
