@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -98,14 +100,14 @@ def merge_parts(folder: str | Path, digest: ReferenceDigest, *, num_responses: i
                 f"The part of rank {rank} of {num_ranks} of the reference cache is missing ({path}). Every rank must call "
                 "`write_part` with the same folder, on a file system that all share, before one merges."
             )
-        with np.load(path) as part:
-            ids = part["ids"]
-            if len(ids) and not 0 <= ids.min() <= ids.max() < num_responses:
-                raise ValueError(
-                    f"Rank {rank} scored response ids {ids.min()} to {ids.max()}, but the dataset has {num_responses} "
-                    "responses: the batches come from another dataset than `num_responses`."
-                )
-            logps[ids], lengths[ids] = part["logps"], part["lengths"]
+        part = _read_part(path)
+        ids = part["ids"]
+        if len(ids) and not 0 <= ids.min() <= ids.max() < num_responses:
+            raise ValueError(
+                f"Rank {rank} scored response ids {ids.min()} to {ids.max()}, but the dataset has {num_responses} "
+                "responses: the batches come from another dataset than `num_responses`."
+            )
+        logps[ids], lengths[ids] = part["logps"], part["lengths"]
     _check_complete(logps)
     _write(folder, digest, {"logps": logps, "lengths": lengths})
     for path in paths:
@@ -123,19 +125,23 @@ def read_reference_cache(folder: str | Path, digest: ReferenceDigest) -> Referen
     """
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        made_under, sums, num_responses = (manifest[key] for key in ("digest", "sha256", "num_responses"))
+        changed = digest.changed_parts(made_under)
+        sums = {name: sums[name] for name in COLUMNS}
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no reference cache in {folder}; it has no {MANIFEST!r}. Compute it first.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(_damaged(folder / MANIFEST)) from error
-    changed = digest.changed_parts(manifest["digest"])
     if changed:
-        findings = ", ".join(f"`{name}` was {manifest['digest'].get(name)!r}, is {getattr(digest, name)!r}" for name in changed)
+        findings = ", ".join(f"`{name}` was {made_under.get(name)!r}, is {getattr(digest, name)!r}" for name in changed)
         raise ValueError(
             f"The reference cache in {folder} is stale: {findings}. Its log-probs belong to other inputs; delete the folder "
             "to have them computed again, or restore what changed."
         )
-    columns = {name: _read_column(folder / f"{name}.npy", manifest["sha256"][name]) for name in COLUMNS}
+    columns = {name: _read_column(folder / f"{name}.npy", sums[name]) for name in COLUMNS}
+    if any(len(column) != num_responses for column in columns.values()):
+        raise ValueError(_damaged(folder / MANIFEST))
     _check_complete(columns["logps"])
     return ReferenceTable(torch.from_numpy(columns["logps"]), torch.from_numpy(columns["lengths"]), digest.key)
 
@@ -222,7 +228,19 @@ def _write(folder: Path, digest: ReferenceDigest, columns: dict[str, NDArray[Any
             np.save(partial / f"{name}.npy", column)
         sums = {name: hashlib.sha256((partial / f"{name}.npy").read_bytes()).hexdigest() for name in columns}
         manifest = {"num_responses": len(columns["logps"]), "digest": asdict(digest), "sha256": sums}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _read_part(path: Path) -> dict[str, NDArray[Any]]:  # Any: float32 or int64
+    """What one rank found; the archive has a checksum of each column."""
+    try:
+        with path.open("rb") as file, np.load(file) as part:
+            return {name: part[name] for name in ("ids", *COLUMNS)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"A part of the reference cache is damaged: {path} is cut short or altered ({error}). Delete the folder "
+            f"{path.parent} and start again."
+        ) from error
 
 
 def _read_column(path: Path, expected: str) -> NDArray[Any]:  # Any: float32 or int64
