@@ -21,7 +21,7 @@ Group = dict[str, Any]  # Any: options of the optimiser's own
 
 SUPPORTED = (
     "Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD with momentum of torch; "
-    "Adam and AdamW of bitsandbytes in 8 and 32 bit, paged or not"
+    "Adam and AdamW of bitsandbytes in 8 and 32 bit, paged or not, and of torchao in 8 bit"
 )
 
 # Why an optimiser is refused, and what comes nearest, by the first letters of its class name.
@@ -37,11 +37,26 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "SGD": ("without momentum it keeps nothing that a spike could spoil", "torch.optim.SGD with `momentum`"),
     "SparseAdam": ("it keeps moments of touched rows only", "torch.optim.AdamW"),
 }
+# Those of torch-optimi have names that torch's have, too.
+REFUSED_OPTIMI = (
+    "it counts updates by group, skipped ones included, so that no reset could set its bias correction right",
+    "torch.optim.AdamW",
+)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, sharing its memory; call it under `no_grad`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on a device that shares no memory; also of a tensor that is made of others, which torchao's cannot clone."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.detach().to(device, copy=True)
+    parts, context = tensor.__tensor_flatten__()
+    copies = {name: copied(getattr(tensor, name), device) for name in parts}
+    made: Tensor = type(tensor).__tensor_unflatten__(copies, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    return made
 
 
 class MomentumState(ABC):
@@ -225,6 +240,42 @@ class BitsandbytesMomentum(MomentumState):
             state["step"] = 0
 
 
+class TorchaoMomentum(MomentumState):
+    """The moments of torchao's Adam: codes with a scale per block, in a tensor of its own, or plain where a tensor is small."""
+
+    keeps_squares = True
+    corrects_bias = True
+
+    @override
+    def decouples_decay(self, group: Group) -> bool:
+        return bool(self.optimizer.is_adamw)  # type: ignore[attr-defined]  # of torchao's base class
+
+    @override
+    def betas(self, group: Group) -> tuple[float, float]:
+        return float(group["betas"][0]), float(group["betas"][1])
+
+    @override
+    def squares(self, parameter: Tensor) -> Tensor | None:
+        found = self.state(parameter).get("exp_avg_sq")
+        if found is None:
+            return None
+        held: Any = local(found)  # Any: torchao's tensor has parts
+        return dequantized(held.codes, held.qmap, held.scale) if hasattr(held, "codes") else held.float()
+
+    @override
+    def reset_state(self, state: dict[str, Any], group: Group, *, first: bool, second: bool, restart: bool) -> None:
+        keys = (["exp_avg"] if first else []) + (["exp_avg_sq", "max_exp_avg_sq"] if second else [])
+        for key in [key for key in keys if key in state]:
+            held: Any = local(state[key])  # Any: torchao's tensor has parts
+            if not hasattr(held, "codes"):
+                held.zero_()
+                continue
+            held.codes.fill_(zero_code(held.qmap))
+            held.scale.zero_()
+        if restart:
+            state["step"].zero_()
+
+
 def zero_code(qmap: Tensor) -> Tensor:
     """The code that stands for 0, [] uint8.
 
@@ -262,7 +313,11 @@ def _refuse_unblocked(state: Mapping[str, Any]) -> None:
 
 def is_bitsandbytes(optimizer: object) -> bool:
     """Whether an optimiser is one of bitsandbytes; said without importing it."""
-    return any(kind.__module__.startswith("bitsandbytes.") for kind in type(optimizer).__mro__)
+    return _comes_from("bitsandbytes.", optimizer)
+
+
+def _comes_from(package: str, optimizer: object) -> bool:
+    return any(kind.__module__.startswith(package) for kind in type(optimizer).__mro__)
 
 
 def momentum_state(optimizer: object, *, asked_by: str = "SpikeAwareOptimizerReset") -> MomentumState:
@@ -275,6 +330,8 @@ def momentum_state(optimizer: object, *, asked_by: str = "SpikeAwareOptimizerRes
     if isinstance(optimizer, Optimizer):
         if is_bitsandbytes(optimizer) and getattr(optimizer, "optimizer_name", None) == "adam":
             return BitsandbytesMomentum(optimizer)
+        if _comes_from("torchao.optim.adam", optimizer) and type(optimizer).__name__ in ("Adam8bit", "AdamW8bit"):
+            return TorchaoMomentum(optimizer)
         layout = next((layout for kind, layout in LAYOUTS.items() if isinstance(optimizer, kind)), None)
         has_momentum = not isinstance(optimizer, SGD) or all(group["momentum"] for group in optimizer.param_groups)
         if layout is not None and has_momentum:
@@ -282,7 +339,7 @@ def momentum_state(optimizer: object, *, asked_by: str = "SpikeAwareOptimizerRes
     name = type(optimizer).__name__
     why, nearest = next(
         (reason for start, reason in REFUSED.items() if name.removeprefix("Paged").startswith(start)),
-        ("how it keeps its momentum is not known", "torch.optim.AdamW"),
+        REFUSED_OPTIMI if _comes_from("optimi.", optimizer) else ("how it keeps its momentum is not known", "torch.optim.AdamW"),
     )
     raise ValueError(
         f"{asked_by} cannot reset {type(optimizer).__module__}.{name}: {why}. It supports {SUPPORTED}. "

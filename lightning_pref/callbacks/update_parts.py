@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from lightning_pref.callbacks.optimizer_state import Group, MomentumState, local
+from lightning_pref.callbacks.optimizer_state import Group, MomentumState, copied, local
 
 # Devices on which looking at a number waits for nothing.
 FREE_TO_READ: tuple[str, ...] = ("cpu",)
@@ -212,8 +212,7 @@ class Snapshot:
                     now[key] = value.clone() if isinstance(value, Tensor) else value
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        values = local(tensor).detach()
-        return values.to("cpu", copy=True) if self.where == "cpu" else values.clone()
+        return copied(local(tensor), "cpu" if self.where == "cpu" else tensor.device)
 
     def _copy_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         return {key: self._copy(value) if isinstance(value, Tensor) else value for key, value in state.items()}

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from lightning_pref.models.quantised import dense_weight, is_quantized_layer, num_weights, quantized_layers
+
+# What a model is for, in peft's words.
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
@@ -39,25 +44,15 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"`r` of LoRA must be at least 1, got {self.r!r}; to train without an adapter leave LoRA out.")
+        if self.alpha < 1:
+            raise ValueError(f"`alpha` of LoRA must be at least 1, got {self.alpha!r}; below it the adapter would do nothing.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` of LoRA must be in [0, 1), got {self.dropout!r}.")
 
 
-def add_lora(
-    model: PreTrainedModel | PeftModel, settings: LoraSettings, *, task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
-) -> PeftModel:
-    """Wrap the model so that only a fresh adapter is trained; its own weights stay as they are, frozen.
-
-    Args:
-        model: The plain model.
-        settings: Of the adapter.
-        task: What the model is for, in peft's words. The head of a sequence classifier is trained and saved with the adapter.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError("The model has an adapter already; add LoRA to the plain model.")
-    _check_names("target_modules", settings.target_modules, model)
-    _check_names("modules_to_save", settings.modules_to_save or [], model)
-    config = LoraConfig(
+def lora_config(settings: LoraSettings, task: Task) -> LoraConfig:
+    """The settings in peft's words."""
+    return LoraConfig(
         task_type=task,
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -66,6 +61,11 @@ def add_lora(
         modules_to_save=settings.modules_to_save,
         use_rslora=settings.rslora,
     )
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Without those warnings of peft that a user could do nothing about."""
     with warnings.catch_warnings():
         # peft finds the orientation of GPT-2's Conv1D weights by itself, and says so.
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
@@ -73,7 +73,27 @@ def add_lora(
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         # Our export unties a head that was adapted apart from its embedding.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        adapted = get_peft_model(model, config)
+        yield
+
+
+def add_lora(
+    model: PreTrainedModel | PeftModel, settings: LoraSettings, *, task: Task = "CAUSAL_LM", name: str = "default"
+) -> PeftModel:
+    """Wrap the model so that only a fresh adapter is trained; its own weights stay as they are, frozen.
+
+    Args:
+        model: The plain model.
+        settings: Of the adapter.
+        task: What the model is for, in peft's words. The head of a sequence classifier is trained and saved with the adapter.
+        name: Of the adapter.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("The model has an adapter already; add LoRA to the plain model.")
+    _check_names("target_modules", settings.target_modules, model)
+    _check_names("modules_to_save", settings.modules_to_save or [], model)
+    _refuse_quantized_copies(settings.modules_to_save or [], model)
+    with without_peft_warnings():
+        adapted = get_peft_model(model, lora_config(settings, task), adapter_name=name)
     if not isinstance(adapted, PeftModel):
         raise RuntimeError(f"peft returned a {type(adapted).__name__}, expected a PeftModel.")
     return adapted
@@ -92,7 +112,7 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Trainable and all parameters; tied ones count once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(num_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
 
 
@@ -130,8 +150,8 @@ def plain_state(model: PeftModel, *, merged: bool) -> dict[str, Tensor]:
 
     Args:
         model: The adapted model; it is not changed.
-        merged: With the update B A added to the weights and the trained copies of modules to save, on the CPU; else the
-            base model as it was before the adapter.
+        merged: With the update B A added to the weights and the trained copies of modules to save, on the CPU, and 4-bit
+            weights multiplied out; else the base model as it was before the adapter.
     """
     base = model.get_base_model()
     adapter = _active_adapter(model)
@@ -139,9 +159,17 @@ def plain_state(model: PeftModel, *, merged: bool) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in named if name is not None}
     if not merged:
         return state
-    state = {name: tensor.cpu() for name, tensor in state.items()}
+    scales = tuple(f"{name.removesuffix('.base_layer')}.weight." for name, _ in quantized_layers(base))
+    state = {name: tensor.cpu() for name, tensor in state.items() if not (scales and name.startswith(scales))}
     for name, module in base.named_modules():
-        if isinstance(module, LoraLayer):
+        if is_quantized_layer(module) and not name.endswith(".base_layer"):
+            state[f"{name}.weight"] = dense_weight(module).cpu()
+        if isinstance(module, LoraLayer) and is_quantized_layer(module.get_base_layer()):
+            # peft would quantise the sum again.
+            adapted: Any = module  # Any: the update is on each of the concrete classes
+            weight, change = dense_weight(module.get_base_layer()), adapted.get_delta_weight(adapter)
+            state[f"{name}.weight"] = (weight.float() + change.detach().float()).to(weight.dtype).cpu()
+        elif isinstance(module, LoraLayer):
             # One layer at a time: a copy of the whole model may not fit beside the training state.
             layer: Any = copy.deepcopy(module)  # Any: `merge` is on each of its concrete classes
             layer.merge(safe_merge=True, adapter_names=[adapter])
@@ -171,6 +199,17 @@ def _active_adapter(model: PeftModel) -> str:
             "is trained."
         )
     return str(model.active_adapters[0])
+
+
+def _refuse_quantized_copies(names: list[str], model: PreTrainedModel) -> None:
+    """Raise for a module to be trained in full whose weights are in 4 bit."""
+    for layer, _ in quantized_layers(model):
+        for name in names:
+            if f".{layer}".endswith(f".{name}"):
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, but the layer {layer!r} is in 4 bit and cannot be trained in full. Adapt "
+                    "it by `target_modules`, or load the model without `quantization`."
+                )
 
 
 def _check_names(option: str, names: list[str] | str, model: PreTrainedModel) -> None:

@@ -22,12 +22,22 @@ from transformers import (
 
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
 from lightning_pref.models.presets import build_preset, is_preset
+from lightning_pref.models.quantised import (
+    QuantizationSettings,
+    check_saved_quantization,
+    made_exact,
+    quantization_config,
+    quantize,
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AttentionImplementation = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
 
 # One of these is in every folder that a tokenizer was saved to.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+# Of what a library says about a model that it cannot load.
+SHOWN_CHARACTERS = 300
 
 # Heads that a checkpoint of the right family may have been saved with instead.
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
@@ -43,6 +53,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     seed: int = 0,
+    quantization: QuantizationSettings | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, in training mode.
 
@@ -57,15 +68,21 @@ def load_model(
         trust_remote_code: Run Python code that comes with the checkpoint.
         revision: Branch, tag or commit on the hub.
         seed: Of the random weights of a preset; a checkpoint has none.
+        quantization: Keep linear layers in 4 bit; only an adapter can be trained then.
     """
     if is_preset(name_or_path):
         model = _build_preset(name_or_path, dtype, attn_implementation, seed)
+        if quantization is not None:
+            quantize(model, quantization)
         model.train()
         return model
     place = _resolved(name_or_path, wanted=("config.json",))
     with _explaining(place, trust_remote_code):
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision)
     _check_causal(config, name_or_path)
+    check_saved_quantization(config, quantization, name_or_path)
+    # Not `None` where none is wished: a checkpoint that was saved in 4 bit says so itself.
+    quantized = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
     with _explaining(place, trust_remote_code):
         # Any: with `output_loading_info` the untyped auto class returns a pair.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -76,6 +93,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,
+            **quantized,
         )
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
@@ -86,6 +104,7 @@ def load_model(
             f"{missing[0]!r}; they would start random. It was probably saved from another kind of model (a classifier, a "
             "reward model, a bare backbone). Give a checkpoint of a causal language model."
         )
+    made_exact(model, None if quantization is None else quantization.compute_dtype)
     model.train()
     return model
 
@@ -235,10 +254,12 @@ def _check_causal(config: PreTrainedConfig, name: str) -> None:
 
 @contextmanager
 def _explaining(place: str, trust_remote_code: bool) -> Iterator[None]:
-    """Errors of transformers, with what to do about them."""
+    """Errors of the libraries that read a model's files, with what to do about them."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file ends in any of them: safetensors', tokenizers', a KeyError, ...
         text = str(error)
         if "trust_remote_code" in text and not trust_remote_code:
             raise ValueError(
@@ -251,5 +272,11 @@ def _explaining(place: str, trust_remote_code: bool) -> Iterator[None]:
                 "spelling and the network (a gated model needs `hf auth login`). Offline: on a machine with network run "
                 f"`hf download {place} --local-dir FOLDER`, copy the folder, and give its path."
             ) from error
-        first_line = next(iter(text.strip().splitlines()), type(error).__name__)
-        raise ValueError(f"Could not load {place!r}: {first_line}") from error
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in text:
+            text = "weights of other sizes than `config.json` says"
+        said = " ".join(text.split()) or "no reason given"
+        finding = f"{type(error).__name__}: {said}" if isinstance(error, LookupError | AttributeError | TypeError) else said
+        shown = finding if len(finding) <= SHOWN_CHARACTERS else f"{finding[:SHOWN_CHARACTERS]}..."
+        raise ValueError(
+            f"Could not load {place!r}: {shown} If a file of it is damaged or missing, save or download the model again."
+        ) from error

@@ -16,6 +16,14 @@ try:
     import bitsandbytes as bnb
 except ImportError:
     bnb = None
+try:
+    from lightning_pref.modules.torchao_adamw import AdamW8bit as TorchaoAdamW8bit
+except ImportError:
+    TorchaoAdamW8bit = None
+try:
+    import optimi
+except ImportError:
+    optimi = None
 
 Make = Callable[[Any], Optimizer]
 optim = torch.optim
@@ -46,7 +54,13 @@ BNB: dict[str, Make] = {
     "bnb PagedAdamW8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=0.01),
     "bnb AdamW 32 bit": lambda p: bnb.optim.AdamW(p, lr=0.01),
 }
-EVERY = {**TORCH, **BNB}
+needs_torchao = pytest.mark.skipif(TorchaoAdamW8bit is None, reason="the extra 'torchao' is not installed")
+TORCHAO: dict[str, Make] = {
+    "torchao AdamW8bit": lambda p: TorchaoAdamW8bit(p, lr=0.01, weight_decay=0.1),
+}
+needs_optimi = pytest.mark.skipif(optimi is None, reason="the extra 'optimi' is not installed")
+EVERY = {**TORCH, **BNB, **TORCHAO}
+MARKS = {**dict.fromkeys(BNB, needs_bnb), **dict.fromkeys(TORCHAO, needs_torchao)}
 
 
 def eight_bit(name: str) -> Make:
@@ -61,10 +75,15 @@ def eight_bit(name: str) -> Make:
 
 def optimizers(*without: str) -> list[Any]:
     """Names of all optimisers but those that begin with some words."""
-    names = [name for name in EVERY if not name.startswith(without)] if without else list(EVERY)
-    return [pytest.param(name, marks=needs_bnb if name in BNB else ()) for name in names]
+    return only(*[name for name in EVERY if not name.startswith(without)] if without else EVERY)
 
 
+def only(*names: str) -> list[Any]:
+    """Names of optimisers, each skipped where its package is missing."""
+    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
+
+
+DECOUPLED = ("bnb AdamW8bit", "torchao AdamW8bit")
 every_optimizer = pytest.mark.parametrize("name", optimizers())
 # CPU has no paging, which bitsandbytes says once per optimiser.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -97,11 +116,18 @@ def flat(params: list[nn.Parameter]) -> Tensor:
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return {
-        f"{index}/{key}": value.clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+        f"{index}/{key}": plain(value)
         for index, state in enumerate(optimizer.state.values())
         for key, value in state.items()
         if value is not None
     }
+
+
+def plain(value: Any) -> Tensor:
+    """A copy, with torchao's codes multiplied out."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value))
+    return value.dequantize() if hasattr(value, "codes") else value.clone()
 
 
 def fresh_twin(make: Make, params: list[nn.Parameter]) -> tuple[list[nn.Parameter], Optimizer]:
@@ -185,7 +211,7 @@ def test_the_second_moment_is_the_mean_of_squared_gradients(name: str) -> None:
     assert torch.allclose(squares.double(), mean, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW fused", pytest.param("bnb AdamW8bit", marks=needs_bnb)])
+@pytest.mark.parametrize("name", only("AdamW", "AdamW fused", *DECOUPLED))
 def test_the_corrected_second_moment_is_free_of_bias(name: str) -> None:
     params = parameters()
     optimizer = EVERY[name](params)
@@ -267,6 +293,31 @@ def test_O3_state_that_went_through_a_checkpoint_can_be_reset() -> None:
     assert torch.equal(flat(params), flat(twins))
 
 
+@needs_torchao
+def test_O3_quantised_moments_are_read_as_torchao_reads_them() -> None:
+    params, optimizer = trained(TORCHAO["torchao AdamW8bit"])
+    moments = momentum_state(optimizer)
+    held = optimizer.state[params[0]]["exp_avg_sq"]
+    assert held.codes.dtype == torch.uint8
+    found = moments.squares(params[0])
+    assert found is not None
+    assert torch.equal(found, held.dequantize())
+    small = moments.squares(params[1])
+    assert small is not None
+    assert torch.equal(small, optimizer.state[params[1]]["exp_avg_sq"]), "below 4096 entries moments are plain"
+
+
+@needs_torchao
+def test_O3_codes_of_torchao_that_were_reset_mean_nothing_even_when_a_scale_returns() -> None:
+    params, optimizer = trained(TORCHAO["torchao AdamW8bit"])
+    momentum_state(optimizer).reset(first=True, second=True, restart=True)
+    for key in ("exp_avg", "exp_avg_sq"):
+        held = optimizer.state[params[0]][key]
+        assert (held.scale == 0).all()
+        held.scale.fill_(1.0)
+        assert (held.dequantize() == 0).all()
+
+
 @needs_bnb
 def test_O3_state_without_a_scale_per_block_is_refused() -> None:
     params, optimizer = trained(BNB["bnb AdamW8bit"])
@@ -293,6 +344,8 @@ def test_O3_state_without_a_scale_per_block_is_refused() -> None:
         (optim.SparseAdam, "touched rows only", "torch.optim.AdamW"),
         (lambda p: optim.SGD(p, lr=0.1), "without momentum it keeps nothing", "torch.optim.SGD with `momentum`"),
         (optim.Rprop, "how it keeps its momentum is not known", "torch.optim.AdamW"),
+        pytest.param(lambda p: optimi.AdamW(p, lr=0.1), "counts updates by group", "torch.optim.AdamW", marks=needs_optimi),
+        pytest.param(lambda p: optimi.Lion(p, lr=0.1), "one size whatever the gradient", "torch.optim.AdamW", marks=needs_optimi),
         pytest.param(eight_bit("Lion8bit"), "one size whatever the gradient", "torch.optim.AdamW", marks=needs_bnb),
         pytest.param(eight_bit("PagedLion8bit"), "one size whatever the gradient", "torch.optim.AdamW", marks=needs_bnb),
         pytest.param(eight_bit("AdEMAMix8bit"), "second, slow momentum", "AdamW8bit of bitsandbytes", marks=needs_bnb),
@@ -366,7 +419,7 @@ def test_a_learning_rate_of_nearly_zero_stops_the_weights_whatever_the_optimizer
     assert torch.allclose(flat(params), before * (1 - decay), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam decoupled", pytest.param("bnb AdamW8bit", marks=needs_bnb)])
+@pytest.mark.parametrize("name", only("AdamW", "Adam decoupled", *DECOUPLED))
 def test_decoupled_decay_stays_the_same_while_the_learning_rate_is_scaled(name: str) -> None:
     params, optimizer = trained(EVERY[name])
     rates = ScaledRates(momentum_state(optimizer))

@@ -19,6 +19,7 @@ from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.data.playground_source import PlaygroundSettings
 from lightning_pref.models.adapters import LoraSettings
+from lightning_pref.models.quantised import QuantizationSettings
 from lightning_pref.models.reference import AdapterOff, EmaSettings
 from lightning_pref.modules import DPOModule, SFTModule, group_module
 from lightning_pref.modules.group_module import GroupModule, Loading
@@ -35,6 +36,7 @@ from lightning_pref.modules.rlhf_settings import (
 )
 from lightning_pref.rollouts.rollout_data import RolloutData
 from lightning_pref.rollouts.sampling import Sampling
+from lightning_pref.rollouts.validation import HeldOutSampling
 
 TESTS = Path(__file__).parent.parent
 
@@ -227,12 +229,16 @@ REPLAY = "data/test_replay.py::"
 DPO = "modules/test_dpo.py::"
 CACHE = "modules/test_reference_pass.py::"
 RLHF = "modules/test_rlhf_settings.py::"
+VALIDATION = "rollouts/test_validation.py::"
+ENSEMBLE = "modules/test_reward_ensembles.py::"
 ROLLOUT = "rollouts/test_rollout_data.py::"
 REWARDS = "rollouts/test_rewards.py::"
 CHANGES = RLHF + "test_a_setting_changes_where_the_policy_goes"
 REWARD = "modules/test_reward.py::"
 REWARD_LOSS = "modules/test_reward_losses.py::"
 REWARD_METRIC = "modules/test_reward_metrics.py::"
+OPTIMIZERS = "modules/test_optimizers.py::"
+QUANTISED = "models/test_quantised.py::"
 
 # By option: a check, or the test elsewhere that shows the effect.
 CHECKS: dict[type[Any], dict[str, Check | str]] = {
@@ -261,6 +267,8 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "loss": REWARD + "test_N1_one_update_is_the_mean_over_all_rows_however_it_is_accumulated",
         "head": REWARD + "test_W5_an_exported_module_scores_alike",
         **dict.fromkeys(("num_members", "aggregate", "uwo_coefficient"), REWARD_METRIC + "test_metrics_are_those_of_the_rewards"),
+        "ensemble": ENSEMBLE + "test_members_of_adapters_are_trained_apart_and_their_disagreement_is_logged",
+        "bootstrap": ENSEMBLE + "test_a_bootstrapped_loss_counts_each_row_as_often_as_the_member_drew_it",
         "head_seed": changes_rewards(head_seed=1),
         "pairs": REWARD_LOSS + "test_pairs_of_a_ranked_list_share_its_weight",
         **dict.fromkeys(
@@ -326,6 +334,10 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
             "rollouts/test_generate.py::test_L12_the_log_prob_of_every_token_is_that_of_a_plain_forward",
         ),
     },
+    HeldOutSampling: {
+        "num_samples": VALIDATION + "test_several_answers_to_a_prompt_reach_the_monitors_under_their_own_source",
+        "temperature": VALIDATION + "test_what_is_logged_is_the_reward_of_greedy_answers_to_every_prompt_once",
+    },
     RolloutData: {
         **dict.fromkeys(
             ("train", "limit_rows", "columns", "max_prompt_length"), ROLLOUT + "test_several_sources_and_their_settings_are_read"
@@ -346,10 +358,15 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "max_rows": ROLLOUT + "test_max_rows_bounds_what_is_decoded_together",
         "on_bad_row": ROLLOUT + "test_bad_rows_are_skipped_and_counted_where_that_is_asked",
         "tokenizer": ROLLOUT + "test_a_run_without_a_tokenizer_or_a_setup_says_so",
+        "val": VALIDATION + "test_what_is_logged_is_the_reward_of_greedy_answers_to_every_prompt_once",
+        "val_size": VALIDATION + "test_a_part_of_the_prompts_is_held_out_by_their_hash",
+        "val_split": VALIDATION + "test_a_split_or_the_playgrounds_own_prompts_can_be_the_validation",
+        "val_sampling": VALIDATION + "test_several_answers_to_a_prompt_reach_the_monitors_under_their_own_source",
         "seed": ROLLOUT + "test_the_seed_decides_order_and_samples",
         "playground": ROLLOUT + "test_playground_prompts_are_answered_for_a_reward_with_its_flaw",
     },
     OptimizerSettings: {
+        "name": OPTIMIZERS + "test_updates_are_those_of_the_paper",
         "learning_rate": changes_updates(learning_rate=0.2),
         "weight_decay": changes_updates(weight_decay=0.5),
         "betas": changes_updates(betas=(0.5, 0.9)),
@@ -357,6 +374,7 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "schedule": changes_updates(schedule="constant"),
         "warmup": changes_updates(warmup=3),
         "floor": changes_updates(floor=0.9),
+        "rounding": OPTIMIZERS + "test_kahan_summation_keeps_every_small_update",
     },
     Loading: {
         "dtype": "modules/test_policy.py::test_loading_settings_reach_the_model",
@@ -364,7 +382,11 @@ CHECKS: dict[type[Any], dict[str, Check | str]] = {
         "revision": loads(DPOModule, revision="v2"),
         "trust_remote_code": loads(DPOModule, trust_remote_code=True),
         "seed": "modules/test_policy.py::test_the_seed_of_loading_is_that_of_a_presets_weights",
+        "quantization": QUANTISED + "test_a_quantised_base_trains_its_adapter_and_nothing_else",
     },
+    QuantizationSettings: dict.fromkeys(
+        ("kind", "compute_dtype", "double"), QUANTISED + "test_every_quantisation_setting_has_its_effect"
+    ),
     LoraSettings: dict.fromkeys(
         ("r", "alpha", "dropout", "target_modules", "modules_to_save", "rslora"),
         "models/test_adapters.py::test_every_lora_setting_has_its_effect",

@@ -1,0 +1,58 @@
+"""8-bit AdamW of torchao, ready for every device and for checkpoints that are read with `weights_only=True`.
+
+Imported only where torchao is asked for, since it is an extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torchao.optim import AdamW8bit as CompiledAdamW8bit
+from torchao.optim.subclass_8bit import OptimState8bit
+from typing_extensions import override
+
+SIGNED, DTYPE = "signed", "dtype"
+
+
+class AdamW8bit(CompiledAdamW8bit):  # type: ignore[misc]  # torchao has no type information
+    """AdamW whose moments are kept in 8 bit, block by block; tensors below 4096 entries keep theirs as they are.
+
+    torchao compiles its update. On a CPU that would need a C++ compiler and a minute for an update of microseconds, so
+    there the same arithmetic runs uncompiled. And its moments are tensors of a class of their own, which torch does not
+    load from one device to another; in `state_dict` they are dictionaries of plain tensors, apart from split ones (DTensor).
+    """
+
+    @override
+    def step(self, closure: Any = None) -> Any:  # Any: as torch declares it
+        on_cpu = all(parameter.device.type == "cpu" for group in self.param_groups for parameter in group["params"])
+        with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
+            return super().step(closure)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:  # Any: as torch declares it
+        return _with_moments(super().state_dict(), _taken_apart)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as torch declares it
+        super().load_state_dict(_with_moments(state_dict, _put_together))
+
+
+def _with_moments(state: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of an optimiser's state with every value of every parameter changed."""
+    by_parameter = {key: {name: change(value) for name, value in own.items()} for key, own in state["state"].items()}
+    return {**state, "state": by_parameter}
+
+
+def _taken_apart(value: Any) -> Any:
+    if not isinstance(value, OptimState8bit):
+        return value
+    return {**{name: getattr(value, name) for name in value.tensor_attrs}, SIGNED: value.signed, DTYPE: value.dtype}
+
+
+def _put_together(value: Any) -> Any:
+    if not (isinstance(value, dict) and SIGNED in value):
+        return value
+    return OptimState8bit(*(value[name] for name in OptimState8bit.tensor_attrs), value[SIGNED], value[DTYPE])
