@@ -23,6 +23,7 @@ from lightning_pref.models.forward import Layout, response_logps
 from lightning_pref.models.heads import head_of
 from lightning_pref.models.pair_scores import counted_pairs
 from lightning_pref.models.parity import verified_head
+from lightning_pref.models.sharding import whole_head
 from lightning_pref.observations import Observation
 
 # In place of a token where the response has ended already.
@@ -84,7 +85,7 @@ def first_differences(
     """
     out = response_logps(model, batch, layout=layout, want={"hidden"})
     assert out.hidden is not None
-    head = verified_head(model, head_of(model))
+    head = whole_head(verified_head(model, head_of(model)))
     starts = [0, *accumulate(batch.response_sizes)]
     pairs = counted_pairs(batch.pairs("best_worst"))
     found: list[tuple[int, int, int, int, int]] = []  # group, position, both tokens, predicting state

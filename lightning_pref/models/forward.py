@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_pref.data.groups import GroupBatch
-from lightning_pref.functional.linear_logps import linear_logps
+from lightning_pref.functional.linear_logps import LinearLogps, linear_logps
 from lightning_pref.functional.masked import segment_sum
 from lightning_pref.models.attention import predicting_hidden, token_costs
 from lightning_pref.models.heads import backbone_of, causal_lm_of, head_of
 from lightning_pref.models.layouts import PlacedLayout, choose_layout, plan_layout
 from lightning_pref.models.parity import backbone_obstacle, verified_head
+from lightning_pref.models.sharding import is_split, within_forward
 
 Layout = Literal["auto", "padded", "packed", "shared"]
 Quantity = Literal["entropy", "collision", "hidden"]
@@ -65,6 +66,33 @@ def response_logps(
     """
     if unknown := sorted(set(want) - set(QUANTITIES)):
         raise ValueError(f"Unknown quantity {unknown[0]!r} in `want`; known: {', '.join(QUANTITIES)}.")
+    if is_split(model):
+        # The comparison runs the model itself, which its forward pass below cannot.
+        verified_head(model, head_of(model))
+    scored, hidden, response, placed = within_forward(
+        model, lambda: _scored(model, batch, layout, want, temperature, chunk_elements)
+    )
+    return ResponseLogps(
+        token_logps=scored.logps,
+        response=response,
+        logps=segment_sum(scored.logps, response, batch.num_responses),
+        lengths=batch.response_lengths,
+        entropy=scored.entropy,
+        collision=scored.collision,
+        hidden=hidden if "hidden" in want else None,
+        layout=placed,
+    )
+
+
+def _scored(
+    model: PreTrainedModel | PeftModel,
+    batch: GroupBatch,
+    layout: Layout,
+    want: Collection[Quantity],
+    temperature: float,
+    chunk_elements: int,
+) -> tuple[LinearLogps, Tensor, Tensor, PlacedLayout]:
+    """What the head says, the states it read, the response of each token, and the layout that was used."""
     backbone = backbone_of(model)
     head = verified_head(model, head_of(model))
     placed = place_batch(backbone, batch, layout, name=type(causal_lm_of(model)).__name__)
@@ -83,17 +111,7 @@ def response_logps(
         want_collision="collision" in want,
         chunk_elements=chunk_elements,
     )
-    response = batch.response[plan.predicted]
-    return ResponseLogps(
-        token_logps=scored.logps,
-        response=response,
-        logps=segment_sum(scored.logps, response, batch.num_responses),
-        lengths=batch.response_lengths,
-        entropy=scored.entropy,
-        collision=scored.collision,
-        hidden=hidden if "hidden" in want else None,
-        layout=placed,
-    )
+    return scored, hidden, batch.response[plan.predicted], placed
 
 
 def place_batch(backbone: PreTrainedModel, batch: GroupBatch, layout: Layout, *, name: str) -> PlacedLayout:

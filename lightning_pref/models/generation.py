@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_pref.models.backbones import evaluating
 from lightning_pref.models.heads import causal_lm_of
+from lightning_pref.models.sharding import is_split
 
 
 def sample_responses(
@@ -76,6 +77,8 @@ def _generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos,
         pad_token_id=eos,
+        # Where a forward pass is a joint act of all processes, none may stop before the last one has ended.
+        synced_gpus=is_split(model),
         **decoding,
     )
     responses = sequences[:, width:].tolist()

@@ -16,6 +16,7 @@ from lightning_pref.models.forward import Layout, response_logps
 from lightning_pref.models.heads import head_of
 from lightning_pref.models.pair_scores import counted_pairs, logps_of_pairs
 from lightning_pref.models.parity import verified_head
+from lightning_pref.models.sharding import whole_head
 from lightning_pref.observations import PairObservation
 
 
@@ -49,7 +50,7 @@ def head_inputs(
     out = response_logps(model, batch, layout=layout, want={"hidden"})
     assert out.hidden is not None
     pairs = counted_pairs(batch.pairs(selection))
-    found = verified_head(model, head_of(model))
+    found = whole_head(verified_head(model, head_of(model)))
     low_rank = None if found.low_rank is None else (found.low_rank.down, found.low_rank.up)
     tokens = batch.input_ids[batch.response >= 0]
     ends = list(accumulate(batch.response_sizes))

@@ -19,8 +19,9 @@ from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.functional.linear_logps import linear_logits
 from lightning_pref.models.attention import attention_backend, mask_obstacle, predicting_hidden
 from lightning_pref.models.backbones import evaluating
-from lightning_pref.models.heads import LMHead, backbone_of, causal_lm_of
+from lightning_pref.models.heads import LMHead, backbone_of, causal_lm_of, head_of
 from lightning_pref.models.layouts import plan_layout
+from lightning_pref.models.sharding import within_forward
 
 # Relative deviation that rounding alone can explain. Of the logits, which take one matrix product on both sides:
 HEAD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -77,10 +78,7 @@ def _compare_logits(model: PreTrainedModel | PeftModel, head: LMHead) -> int:
             if not seen:
                 raise ValueError(f"{name} makes its logits without calling its {type(backbone).__name__}. {_UNSUPPORTED}")
             hidden = seen[0]
-            rows = head.first_rows(own.shape[-1])
-            ours = linear_logits(
-                hidden, rows.weight, bias=rows.bias, low_rank=rows.low_rank, scale=rows.scale, softcap=rows.softcap
-            )
+            ours = within_forward(model, lambda: _logits_of_head(model, hidden, own.shape[-1]))
     finally:
         handle.remove()
     largest = own.abs().max().clamp_min(torch.finfo(own.dtype).tiny)
@@ -92,6 +90,11 @@ def _compare_logits(model: PreTrainedModel | PeftModel, head: LMHead) -> int:
             f"largest logit, where rounding explains {allowed:.0e}. {_UNSUPPORTED}"
         )
     return int(own.shape[-1])
+
+
+def _logits_of_head(model: PreTrainedModel | PeftModel, hidden: Tensor, num_rows: int) -> Tensor:
+    rows = head_of(model).first_rows(num_rows)
+    return linear_logits(hidden, rows.weight, bias=rows.bias, low_rank=rows.low_rank, scale=rows.scale, softcap=rows.softcap)
 
 
 _UNSUPPORTED = (

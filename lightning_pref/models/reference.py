@@ -18,6 +18,7 @@ from lightning_pref.models.adapters import adapters_off
 from lightning_pref.models.backbones import evaluating
 from lightning_pref.models.digests import weights_digest
 from lightning_pref.models.forward import Layout, response_logps
+from lightning_pref.models.quantised import is_quantized, without_scales
 
 # Log-probs of a batch under a model: [R] sums, or [N] by token for a loss that cuts responses. Bind options of the
 # forward with `functools.partial`. A cache holds sums only.
@@ -52,6 +53,9 @@ class FrozenCopy(nn.Module):
         model: The policy at the start, or another model.
         take_over: Freeze the given model itself, one that was loaded for this alone, and save the memory of a copy.
         score: How a response is scored.
+
+    Attributes:
+        saves_weights: Set where weights have to be in checkpoints, too.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, take_over: bool = False, score: Score = summed_logps) -> None:
@@ -59,6 +63,7 @@ class FrozenCopy(nn.Module):
         self.model = _frozen(model if take_over else copy.deepcopy(model))
         self.score = score
         self.digest = weights_digest(self.model)
+        self.saves_weights = False
         self.register_state_dict_post_hook(_drop_weights)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_keep_weights)  # type: ignore[no-untyped-call]
 
@@ -126,6 +131,11 @@ class EmaReference(nn.Module):
 
     def __init__(self, policy: PreTrainedModel | PeftModel, settings: EmaSettings, *, score: Score = summed_logps) -> None:
         super().__init__()
+        if is_quantized(policy):
+            raise ValueError(
+                "A moving reference averages weights, which those in 4 bit cannot do. Use the reference 'adapter', or load the "
+                "model without `quantization`."
+            )
         dtypes = {parameter.dtype for parameter in policy.parameters()}
         # Below one half the step is smaller than the rounding of a 16-bit weight more often than not.
         if settings.mixing < 0.5 and dtypes != {torch.float32}:
@@ -181,12 +191,18 @@ def _frozen(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     return model
 
 
-def _drop_weights(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+def _drop_weights(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
     """Hook of `state_dict`; the state holds tensors and extra states."""
+    if module.saves_weights:
+        return
     for name in [name for name in state if name.startswith(f"{prefix}model.")]:
         del state[name]
 
 
 def _keep_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Hook of `load_state_dict`: what the checkpoint leaves out is as the module has it."""
-    state.update(module.get_submodule("model").state_dict(prefix=f"{prefix}model."))
+    if module.saves_weights:
+        return
+    model, inside = module.get_submodule("model"), f"{prefix}model."
+    own = model.state_dict(prefix=inside)
+    state.update({name: own[name] for name in without_scales(list(own), model, inside)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -15,26 +14,9 @@ from typing_extensions import override
 
 from lightning_pref.functional.linear_logps import linear_logits
 from lightning_pref.functional.masked import wide
+from lightning_pref.models.full_precision import FullPrecision
 from lightning_pref.models.heads import LMHead, backbone_of, causal_lm_of, head_of
 from lightning_pref.models.parity import verified_head
-
-
-class FullPrecision(nn.Module):
-    """Parameters in float32 or better, whatever the model around them is cast to.
-
-    A score is a sum over thousands of products, and differences of scores are what is trained: bfloat16 would keep two or
-    three digits of them, and lose most updates of a weight.
-    """
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def cast(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not moved.is_floating_point():
-                return moved
-            return tensor.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
-
-        return super()._apply(cast, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class RewardHead(FullPrecision, nn.Linear):
