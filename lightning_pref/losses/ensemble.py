@@ -5,6 +5,7 @@ offset. Clip after aggregating, not before. A `nan` of one member makes the aggr
 (`functional.grpo_advantages`): a broken member must not pass as an opinion.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from lightning_pref.functional.masked import wide
 
 How = Literal["mean", "wco", "uwo"]
+
+_BITS = 0xFFFFFFFF
+# Cumulative probabilities of a Poisson count of mean 1: at least j + 1 beyond the j-th. The last is 1 - 1e-8.
+_POISSON = tuple(math.exp(-1) * sum(1 / math.factorial(i) for i in range(j + 1)) for j in range(11))
 
 
 def ensemble_reward(rewards: Tensor, how: How = "mean", coefficient: float = 0.5, ddof: int = 1) -> Tensor:
@@ -76,6 +81,36 @@ def standardized_members(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         )
     per_member = (-1, *[1] * (rewards.ndim - 1))
     return (wide(rewards) - mean.reshape(per_member)) / std.reshape(per_member)
+
+
+def bootstrap_weights(row_ids: Tensor, num_members: int, *, seed: int = 0) -> Tensor:
+    """How often each row counts for each member, as if every member had drawn its rows with replacement, [K, G] float32.
+
+    Poisson counts of mean 1 (the limit of the multinomial's for many rows), a pure function of row, member and seed: a row
+    counts alike in every epoch, batch and rank.
+
+    Args:
+        row_ids: Numbers of the rows, integer [G].
+        num_members: K.
+        seed: Another one draws other rows.
+
+    >>> weights = bootstrap_weights(torch.arange(10_000), 2)
+    >>> [round(value, 1) for value in (*weights.mean(1).tolist(), *weights.var(1).tolist())]
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    members = torch.arange(num_members, device=row_ids.device)[:, None]
+    ids = row_ids.long()
+    keys = _mixed(_mixed(_mixed(members + _mixed(torch.full_like(members, seed))) ^ (ids & _BITS)) ^ (ids >> 32 & _BITS))
+    uniform = (keys.double() + 0.5) / 2**32
+    return sum((uniform > bound).float() for bound in _POISSON) + torch.zeros_like(uniform, dtype=torch.float32)
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """A hash of the lower 32 bits, each bit of which depends on all of them (an xorshift-multiply mixer)."""
+    mixed = values & _BITS
+    mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & _BITS
+    mixed = ((mixed ^ (mixed >> 15)) * 0x846CA68B) & _BITS
+    return mixed ^ (mixed >> 16)
 
 
 def uncertainty_discounted(losses: Tensor, uncertainty: Tensor) -> Tensor:
