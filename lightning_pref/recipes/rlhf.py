@@ -9,60 +9,63 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from lightning_pref.callbacks.overoptimization import OveroptimizationMonitor
 from lightning_pref.callbacks.reward_variance import RewardVarianceMonitor
 from lightning_pref.callbacks.throughput import Work
 from lightning_pref.cli import CONFIGS, Recipe, RunResult, run_recipe, trains_on_playground
-from lightning_pref.models.presets import is_preset
+from lightning_pref.mistakes import end
 from lightning_pref.modules.rlhf import RLHFModule
-from lightning_pref.recipes.playground import gold_reward_callbacks
+from lightning_pref.modules.rlhf_settings import SurrogateSettings, check_clipping
+from lightning_pref.recipes.playground import earlier_stage, fine_tune_first, gold_reward_callbacks
 from lightning_pref.rollouts.rewards import is_model_reward
 from lightning_pref.rollouts.rollout_data import RolloutData
 
 PRESETS = CONFIGS / "presets"
 ACCURACY = "reward_model/accuracy"
-# What the reward model learns from: four answers to each prompt with their scores. They tell more per token than pairs.
+# What the reward model learns from: all pairs of four ranked answers to each prompt. It is a log-ratio of the policy: that sees
+# at once whether an answer repeats what the prompt says, which a fresh head on two layers does not learn in minutes.
 COMPARISONS = (
     "--data.train=playground:ranked",
     "--data.on_bad_row=skip",
     "--data.batch_size=16",
-    "--data.playground.num_rows=6400",
-    "--model.loss=regression",
-    "--model.center=0.0",
-    "--trainer.max_steps=400",
-    "--trainer.val_check_interval=200",
+    "--data.playground.num_rows=3200",
+    "--model.loss=bradley_terry",
+    "--model.head=implicit",
+    "--model.beta=0.1",
+    "--model.optimizer.learning_rate=1.0e-3",
+    "--trainer.max_steps=200",
+    "--trainer.val_check_interval=100",
 )
 
 
 def earlier_stages(config: Namespace, folder: Path) -> None:
     """Train what the run on the playground starts from, where it is not given: the policy, and the reward model."""
-    from lightning_pref.recipes import reward, sft
+    from lightning_pref.recipes import reward
 
-    name, root = f"for-rlhf-{folder.name}", Path(config.run.root)
-    common = [f"--run.root={root}", f"--run.name={name}", f"--seed_everything={config.seed_everything}"]
-    if is_preset(str(config.model.model)):
-        export = root / sft.RECIPE.name / name / "export"
-        # A run that is resumed has its first stages behind it.
-        if config.run.resume is None or not export.exists():
-            sft.main([*common, f"--model.model={config.model.model}"])
-        config.model.model = str(export)
+    # Known here already; the module, which learns it with the first rollout, would say so after the stages below.
+    bounds = {f"surrogate.{field.name}": field for field in fields(SurrogateSettings)}
+    changed = [name for name, field in bounds.items() if config.model.surrogate[field.name] != field.default]
+    check_clipping(changed, config.data.inner_epochs * config.data.num_minibatches)
+    fine_tune_first(config, folder)
     if config.data.reward is None and trains_on_playground(config):
-        export = root / reward.RECIPE.name / name / "export"
-        if config.run.resume is None or not export.exists():
-            # The defaults of the playground are looked up by the name of a preset, which the fine-tuned model has no more.
-            defaults = CONFIGS / f"{reward.RECIPE.name}_playground.yaml"
-            flaw = config.data.playground.flaw
-            flawed = [] if flaw is None else [f"--data.playground.flaw={flaw}"]
-            reward.main([f"--config={defaults}", *common, f"--model.model={config.model.model}", *COMPARISONS, *flawed])
-        config.data.reward = str(export)
+        # The defaults of the playground are looked up by the name of a preset, which the fine-tuned model has no more.
+        defaults = CONFIGS / f"{reward.RECIPE.name}_playground.yaml"
+        flaw = config.data.playground.flaw
+        flags = [f"--config={defaults}", f"--model.model={config.model.model}", *COMPARISONS]
+        flags += [] if flaw is None else [f"--data.playground.flaw={flaw}"]
+        config.data.reward = earlier_stage(reward.main, reward.RECIPE.name, config, folder, flags)
 
 
 class StageResults(Callback):
@@ -86,8 +89,9 @@ class StageResults(Callback):
 
 
 def watching(config: Namespace) -> list[Callback]:
-    """The gold reward on the playground, the variance of the rewards, and how good the reward model is."""
-    return [*gold_reward_callbacks(config), RewardVarianceMonitor(), *stage_results(config.data.reward)]
+    """The gold reward on the playground, variance and worth of the rewards, and how good the reward model is."""
+    monitors: list[Callback] = [RewardVarianceMonitor(), OveroptimizationMonitor()]
+    return [*gold_reward_callbacks(config), *monitors, *stage_results(config.data.reward)]
 
 
 def stage_results(reward: Any) -> list[Callback]:  # Any: whatever `--data.reward` may be
@@ -105,6 +109,21 @@ def stage_results(reward: Any) -> list[Callback]:  # Any: whatever `--data.rewar
 def work_of(batch: Any) -> Work:  # Any: batches of RolloutData
     """Work of experience: the tokens that are trained on, every prompt once; the time of the sampling counts."""
     return Work(tokens=batch.num_tokens, rows=batch.num_groups)
+
+
+def known_presets() -> list[str]:
+    """Names that `--preset` takes."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def explain_presets(parser: LightningArgumentParser) -> None:
+    """Let `--help` tell of `--preset`, which `with_preset` has turned into a file before the parser sees it."""
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        default=SUPPRESS,
+        help=f"Set an algorithm up as it was published; all other flags win. Known: {', '.join(known_presets())}.",
+    )
 
 
 RECIPE = Recipe(
@@ -131,6 +150,7 @@ RECIPE = Recipe(
     before=earlier_stages,
     callbacks=watching,
     work=work_of,
+    explain=explain_presets,
 )
 
 
@@ -147,10 +167,10 @@ def with_preset(args: Sequence[str]) -> list[str]:
             names.append(arg.partition("=")[2])
         else:
             rest.append(arg)
-    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    known = known_presets()
     for name in names:
         if name not in known:
-            raise SystemExit(f"error: Unknown preset {name!r}; known: {', '.join(known)}.")
+            end(f"Unknown preset {name!r}; known: {', '.join(known)}.")
     return [*(f"--config={PRESETS / name}.yaml" for name in names), *rest]
 
 
