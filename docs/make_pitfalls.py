@@ -17,12 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "pitfalls.md"
 
 REPOSITORIES = {
+    "AReaL": "inclusionAI/AReaL",
     "DeepSeek-R1": "deepseek-ai/DeepSeek-R1",
     "GRM": "YangRui2015/Generalizable-Reward-Model",
     "LLaMA-Factory": "hiyouga/LLaMA-Factory",
     "Lightning": "Lightning-AI/pytorch-lightning",
     "Liger": "linkedin/Liger-Kernel",
     "NeMo-Aligner": "NVIDIA/NeMo-Aligner",
+    "NeMo-RL": "NVIDIA-NeMo/RL",
     "OpenRLHF": "OpenRLHF/OpenRLHF",
     "ROLL": "alibaba/ROLL",
     "VeOmni": "ByteDance-Seed/VeOmni",
@@ -32,6 +34,7 @@ REPOSITORIES = {
     "open-r1": "huggingface/open-r1",
     "prime-rl": "PrimeIntellect-ai/prime-rl",
     "reward-bench": "allenai/reward-bench",
+    "torchtune": "meta-pytorch/torchtune",
     "transformers": "huggingface/transformers",
     "trl": "huggingface/trl",
     "unsloth": "unslothai/unsloth",
@@ -89,6 +92,7 @@ SECTIONS: dict[str, list[Pitfall]] = {
             "R6", "Switching the adapter off leaves a wrong adapter on, or trains the reference", "verl#4675 LLaMA-Factory#10514"
         ),
         Pitfall("R7", "The model is called past its DDP wrapper, and the ranks drift apart", "trl#7245"),
+        Pitfall("R8", "The reference is not split as the policy is, or not at all", "trl#1147 trl#2539"),
         Pitfall("R9", "The reference moves while its cached log-probs do not"),
         Pitfall("R10", "A loss without a reference still pays for one"),
     ],
@@ -140,9 +144,15 @@ SECTIONS: dict[str, list[Pitfall]] = {
             "VeOmni#1130 trl#7010 Lightning#21838",
         ),
         Pitfall("N6", "Gradients are clipped per micro-batch, or before they are unscaled"),
+        Pitfall("N7", "Gradients are lost or shrunk where an engine and the trainer both accumulate them", "open-instruct#1498"),
     ],
     "Optimisation": [
         Pitfall("O1", "An update that the fp16 loss scaler skips still advances counters, schedules and monitors"),
+        Pitfall(
+            "O2",
+            "Weights in bfloat16 swallow updates that are smaller than their rounding",
+            "NeMo-RL#2322 torchtune#2254 AReaL#1634",
+        ),
         Pitfall("O3", "Zeroing quantised optimiser state leaves codes that mean a large momentum", "bitsandbytes#2080"),
         Pitfall("O4", "A reset of moments forgets step counter, amsgrad maximum, sharded or fused state"),
         Pitfall("O5", "Checkpointed blocks see an input without gradient, and the adapters inside them never learn", "trl#2514"),
@@ -155,7 +165,12 @@ SECTIONS: dict[str, list[Pitfall]] = {
             "An interrupted and resumed run ends elsewhere than one in one go",
             "ms-swift#9935 Lightning#18780 Lightning#19764",
         ),
+        Pitfall("C2", "A checkpoint in the middle of a window of accumulation loses half a gradient"),
+        Pitfall("C3", "Asking for the length of the run forgets where the loaders were", "Lightning#20550"),
+        Pitfall("C4", "A checkpoint of an adapter alone is loaded into nothing, and nobody says so"),
         Pitfall("C5", "A callback's state is saved and never loaded, or loaded and never tested"),
+        Pitfall("C6", "On another number of processes rows are left out or come twice"),
+        Pitfall("C7", "A crash while a checkpoint is written takes the former one along"),
     ],
     "Monitors": [
         Pitfall("M1", "CHES sums padding, drops the wrong column, or divides by the padded length"),

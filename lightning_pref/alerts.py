@@ -152,6 +152,38 @@ ALERT_RULES: dict[str, AlertRule] = {
             "`Probe` that samples several for a fixed set of prompts."
         ),
     ),
+    # The over-optimisation monitor.
+    "overoptimization/gold_falls": AlertRule(
+        level="critical",
+        limits=(Limit("overoptimization/gold_drop", above=0.2), Limit("overoptimization/gold_drop_errors", above=3.0)),
+        patience=2,
+        advice=(
+            "The reward that is trained on rises while the gold reward falls: the policy exploits what the reward gets wrong. "
+            "Stop at the peak, strengthen the tie to the reference (`kl.coefficient`), take a conservative ensemble (`aggregate: "
+            "wco`), or train the reward model on answers of this policy."
+        ),
+    ),
+    "overoptimization/disagreement": AlertRule(
+        limits=(Limit("overoptimization/uncertainty_growth", above=2.0),),
+        patience=3,
+        advice=(
+            "The members of the ensemble disagree more and more: the policy has left what they were trained on, and what it gets "
+            "for that means little. Lean on the worst case (`aggregate: wco`, or `uwo`), strengthen the tie to the reference "
+            "(`kl.coefficient`), or train the reward models on answers of this policy."
+        ),
+    ),
+    "overoptimization/length": AlertRule(
+        limits=(
+            Limit("overoptimization/length_growth", above=1.5),
+            Limit("overoptimization/length_correlation", above=0.3),
+            Limit("overoptimization/proxy_gain", above=0.5),
+        ),
+        patience=3,
+        advice=(
+            "The reward rises as responses grow, and pays for length. Read a few: if they only say more, subtract a length term "
+            "from the reward, balance lengths in the preference data, or lower `max_new_tokens`."
+        ),
+    ),
     # The likelihood-displacement tracker.
     "displacement/chosen_falls": AlertRule(
         limits=(
@@ -233,6 +265,19 @@ ALERT_RULES: dict[str, AlertRule] = {
             "of the band is at d_c / d_r = `entanglement/norm_ratio`; `entanglement/sensitivity_ratio` is where the loss stands."
         ),
     ),
+    # The guard against what is no number.
+    "non_finite/seen": AlertRule(
+        limits=(Limit("non_finite/in_a_row", above=0.0),),
+        advice="The update was skipped, and nothing was lost by it. If it comes again, look at these rows.",
+    ),
+    "non_finite/returning": AlertRule(
+        level="critical",
+        limits=(Limit("non_finite/in_a_row", above=2.0),),
+        advice=(
+            "The run will not recover by itself. Look at these rows, lower the learning rate or lengthen its warm-up, clip "
+            "gradients (`gradient_clip_val`), or train with more digits (precision 'bf16-mixed' or '32-true')."
+        ),
+    ),
     # The spike-aware reset.
     "spike/seen": AlertRule(
         level="info",
@@ -256,6 +301,16 @@ ALERT_RULES: dict[str, AlertRule] = {
         limits=(Limit("spike/clipped_fraction", above=0.01),),
         patience=3,
         advice="This is no rare spike: raise `threshold` or `guard_steps`, or lower the learning rate.",
+    ),
+    # The meter of lost updates.
+    "lost_updates/too_many": AlertRule(
+        limits=(Limit("lost_updates/share", above=0.5), Limit("lost_updates/stuck_share", above=0.5)),
+        patience=2,
+        advice=(
+            "Updates are smaller than the rounding of the weights, which stand still. Keep the weights in float32 and compute in "
+            "bfloat16 (`precision: bf16-mixed`, `dtype: float32`); or let the optimiser carry the lost part along (`rounding: "
+            "kahan`) or round by chance (`rounding: stochastic`); or raise the learning rate."
+        ),
     ),
     # The stability-gap evaluator.
     "stability_gap/dip": AlertRule(

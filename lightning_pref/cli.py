@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import lightning as L
 from jsonargparse import Namespace, auto_cli
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_pref.callbacks import GoldReward, Throughput
+from lightning_pref.arguments import PlainErrors, RecipeParser
+from lightning_pref.callbacks import ExactResume, FaultAdvice, GoldReward, LostUpdateMeter, NonFiniteGuard, Throughput
 from lightning_pref.callbacks.hosts import ALERTS_FILE
+from lightning_pref.callbacks.lost_updates import meter_for
 from lightning_pref.callbacks.throughput import Work, group_work
+from lightning_pref.checkpoints import read_manifest
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.playground_source import is_playground
+from lightning_pref.mistakes import mistakes_in_one_paragraph, without_debug
 from lightning_pref.models.presets import is_preset
 from lightning_pref.modules.group_module import GroupModule
-from lightning_pref.reports.console import RunProgressBar, StartLine, readable_terminal
+from lightning_pref.reports.console import LIGHTNING_LOG, RunProgressBar, StartLine, readable_terminal
+from lightning_pref.reports.metrics_file import MetricsFile, read_metrics
 from lightning_pref.reports.summary import (
     FirstLast,
     RunRecord,
@@ -37,13 +41,11 @@ from lightning_pref.reports.summary import (
     read_alerts,
     write_summary,
 )
+from lightning_pref.run_folder import RUN_NAME_VARIABLE, RunFolder, resume_point, run_name, warn_of_restarts
 
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "recipes" / "configs"
-# Processes that Lightning starts for further devices inherit it, so that all ranks agree on the folder.
-RUN_NAME_VARIABLE = "LIGHTNING_PREF_RUN_NAME"
-# All that a run leaves which ended before its first update; the next one may write over it.
-START_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*")
+DEBUG_HELP = "--debug shows the traceback of an error as well."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class RunSettings:
     Args:
         root: Folder above all runs.
         name: Folder of this run below `<root>/<recipe>`; date and time if not given.
-        resume: Checkpoint to go on from.
+        resume: Checkpoint to go on from, or `auto` for the newest whole one of this run, if there is any; also `--resume`.
         export: Whether to write the trained model as a plain transformers folder at the end.
     """
 
@@ -77,6 +79,8 @@ class Recipe(NamedTuple):
     data: type[L.LightningDataModule] = PreferenceData
     # Size of a batch of that data, for the throughput.
     work: Callable[[Any], Work] = group_work  # Any: a batch of the recipe's own data
+    # Adds to `--help` what is dealt with before the command line is parsed.
+    explain: Callable[[LightningArgumentParser], None] = lambda parser: None
 
 
 class RunResult(NamedTuple):
@@ -117,22 +121,31 @@ class RecipeCLI(LightningCLI):
     def __init__(self, recipe: Recipe, args: Sequence[str]) -> None:
         self.recipe = recipe
         self.folder = Path()
+        self.claim: RunFolder | None = None
+        self.checkpoint: Path | None = None  # to go on from
         self.record = RunRecord()
-        super().__init__(
-            recipe.module,
-            recipe.data,
-            seed_everything_default=0,
-            save_config_callback=RunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            parser_kwargs={"prog": f"python -m lightning_pref.recipes.{recipe.name}"},
-            run=False,
-            auto_configure_optimizers=False,
-            args=list(args),
-        )
+        try:
+            super().__init__(
+                recipe.module,
+                recipe.data,
+                parser_class=RecipeParser,
+                seed_everything_default=0,
+                save_config_callback=RunConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                parser_kwargs={"prog": f"python -m lightning_pref.recipes.{recipe.name}", "epilog": DEBUG_HELP},
+                run=False,
+                auto_configure_optimizers=False,
+                args=list(args),
+            )
+        except BaseException:
+            self.release_folder()
+            raise
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunSettings, "run")
+        self.recipe.explain(parser)
+        parser.add_class_arguments(ExactResume, "checkpoint")
         parser.set_defaults(
             {
                 "trainer.max_epochs": 1,
@@ -154,12 +167,16 @@ class RecipeCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        self.folder = Path(self.config.run.root) / self.recipe.name / _run_name(self.config.run.name)
-        self._claim_folder()
+        self.folder = Path(self.config.run.root) / self.recipe.name / run_name(self.config.run.name)
+        self.claim = RunFolder(self.folder, resumes=self.config.run.resume is not None)
+        warn_of_restarts()
+        self.checkpoint = resume_point(self.config.run.resume, self.folder)
         self._spread_seed()
         # The constructors refuse what cannot be meant; better so before a first stage than after it.
         parts = Namespace(model=self.config.model, data=self.config.data)  # type: ignore[no-untyped-call]
         self.parser.instantiate_classes(parts)
+        if on_playground(self.config):
+            _check_devices(self.config.trainer)
         self.recipe.before(self.config, self.folder)
         if self.config.data.tokenizer is None:
             self.config.data.tokenizer = self.config.model.model
@@ -172,17 +189,10 @@ class RecipeCLI(LightningCLI):
         for part in (self.config.data, self.config.model.loading):
             part.seed = part.seed or seed
 
-    def _claim_folder(self) -> None:
-        """Make the run folder, and refuse one that holds another run: its metrics and configuration would be overwritten."""
-        is_first_process = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if is_first_process and self.config.run.resume is None and _holds_more_than_a_start(self.folder):
-            last = self.folder / "checkpoints" / "last.ckpt"
-            go_on = f" To go on with the run it holds: `--run.name {self.folder.name} --run.resume {last}`."
-            raise ValueError(
-                f"The run folder {self.folder} is not empty. Choose another `--run.name`, or remove the folder."
-                + (go_on if last.exists() else "")
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def release_folder(self) -> None:
+        """Let another run have the run folder."""
+        if self.claim is not None:
+            self.claim.release()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -190,20 +200,28 @@ class RecipeCLI(LightningCLI):
         if asked.logger in (None, True):
             # Both loggers write straight into the run folder: the version is the folder itself.
             root, version = str(self.folder.parent), self.folder.name
-            kwargs["logger"] = [
-                TensorBoardLogger(root, name="", version=version),
-                CSVLogger(root, name="", version=version),
-            ]
+            manifest = None if self.checkpoint is None else read_manifest(self.checkpoint)
+            # What was drawn after the checkpoint is drawn again.
+            purge = None if manifest is None else manifest.step + 1
+            board = TensorBoardLogger(root, name="", version=version, purge_step=purge)
+            kwargs["logger"] = [board, MetricsFile(self.folder)]
         callbacks: list[Callback] = [
             StartLine(self.recipe.name, self.folder),
+            NonFiniteGuard(),
+            FaultAdvice(),
+            *([LostUpdateMeter()] if _has_narrow_weights(self.config) else []),
             Throughput(self.recipe.work),
             *self.recipe.callbacks(self.config),
+            *meter_for(asked.precision, self.config.model.loading.dtype, asked.strategy),
         ]
         given = asked.callbacks if isinstance(asked.callbacks, list) else [asked.callbacks] if asked.callbacks else []
         if asked.logger is not False:
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        if asked.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
-            callbacks.append(ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True))
+        if asked.enable_checkpointing is not False:
+            self.config_init.checkpoint.digests = self._digests
+            callbacks.append(self.config_init.checkpoint)
+            # Else Lightning would add a ModelCheckpoint beside it.
+            kwargs["enable_checkpointing"] = any(isinstance(c, Checkpoint) for c in given)
         if asked.enable_progress_bar is None and not any(isinstance(c, ProgressBar) for c in given):
             # In a file or a pipe a bar is a heap of control characters.
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
@@ -215,16 +233,21 @@ class RecipeCLI(LightningCLI):
         trainer.loggers.append(self.record)
         return trainer
 
+    def _digests(self) -> dict[str, str]:
+        """What a run that goes on must have in common with the checkpoint; of the configuration it is told only."""
+        settings = self.parser.dump(self._meant(), skip_none=False)
+        config = hashlib.sha256(settings.encode()).hexdigest()
+        return {"data": self.datamodule.digest, "tokenizer": self.datamodule.tokenizer_digest, "config": config}
 
-def _run_name(asked: str | None) -> str:
-    if asked is not None:
-        return asked
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and RUN_NAME_VARIABLE not in os.environ:
-        raise ValueError(
-            "This run has several processes that were started from outside (torchrun, SLURM), and each would make up "
-            "a run name of its own. Name the run: `--run.name my-run`."
-        )
-    return os.environ.setdefault(RUN_NAME_VARIABLE, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    def _meant(self) -> Namespace:
+        """The configuration without what may differ between the parts of one run: where it lies, and how long it goes on."""
+        config: Namespace = self.config.clone()
+        for key in ("run", "checkpoint", "config"):
+            config.pop(key, None)
+        for key in ("max_steps", "max_epochs", "max_time", "logger", "callbacks", "enable_progress_bar", "default_root_dir"):
+            config.trainer.pop(key, None)
+        config.data.pop("cache_dir", None)
+        return config
 
 
 def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
@@ -236,11 +259,18 @@ def run_recipe(recipe: Recipe, args: Sequence[str] | None = None) -> RunResult:
     """
     started = time.monotonic()
     names_the_run = RUN_NAME_VARIABLE not in os.environ  # not so for a first stage, nor in a process Lightning started
+    flags, debug = without_debug(sys.argv[1:] if args is None else args)
+    flags = ["--run.resume" + flag.removeprefix("--resume") if flag.split("=")[0] == "--resume" else flag for flag in flags]
     try:
-        with _mistakes_in_one_paragraph(), readable_terminal():
-            cli = RecipeCLI(recipe, sys.argv[1:] if args is None else args)
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.run.resume)
-            return _finish(cli, time.monotonic() - started)
+        with mistakes_in_one_paragraph(debug=debug) as progress, readable_terminal():
+            cli = RecipeCLI(recipe, flags)
+            progress.folder = cli.folder
+            try:
+                checkpoint = None if cli.checkpoint is None else str(cli.checkpoint)
+                cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+                return _finish(cli, time.monotonic() - started)
+            finally:
+                cli.release_folder()
     finally:
         if names_the_run:
             os.environ.pop(RUN_NAME_VARIABLE, None)
@@ -253,12 +283,39 @@ def run_command(command: Callable[..., object], name: str, args: Sequence[str]) 
         command: What to run; its docstring is the help.
         name: How it is called on the command line.
         args: Command line behind the name. Flags may be written with dashes; those of a list may be given several times.
+            What stands behind `--` goes to a parameter `flags`, and so does `--config` where there is one.
     """
     types = get_type_hints(command)
     lists = {parameter for parameter, kind in types.items() if get_origin(kind) is list}
-    with _mistakes_in_one_paragraph(), readable_terminal():
-        flags = [_flag(arg, lists) for arg in args]
-        auto_cli(command, args=flags, prog=f"python -m lightning_pref {name}", as_positional=False)
+    given, debug = without_debug(args)
+    with mistakes_in_one_paragraph(debug=debug), readable_terminal():
+        own, handed_on = _divided(given, lists)
+        flags = [*(_flag(arg, lists) for arg in own), *handed_on]
+        auto_cli(
+            command,
+            args=flags,
+            parser_class=PlainErrors,
+            prog=f"python -m lightning_pref {name}",
+            epilog=DEBUG_HELP,
+            as_positional=False,
+        )
+
+
+def _divided(args: Sequence[str], lists: Collection[str]) -> tuple[Sequence[str], list[str]]:
+    """What is a command's own, and what it hands on as `flags`: all behind `--`, and the configuration.
+
+    >>> _divided(["--workers=2", "--config", "my.yaml", "--", "--run.name", "a"], {"flags"})
+    (['--workers=2'], ['--flags+=--config=my.yaml', '--flags+=--run.name', '--flags+=a'])
+    """
+    if "flags" not in lists:
+        return args, []
+    cut = args.index("--") if "--" in args else len(args)
+    own, handed_on = list(args[:cut]), list(args[cut + 1 :])
+    for place in reversed(range(len(own))):
+        if own[place] == "--config" and place + 1 < len(own):
+            own[place : place + 2] = [f"--config={own[place + 1]}"]
+    configs = [arg for arg in own if arg.startswith("--config=")]
+    return [arg for arg in own if arg not in configs], [f"--flags+={arg}" for arg in [*configs, *handed_on]]
 
 
 def _flag(arg: str, lists: Collection[str]) -> str:
@@ -274,26 +331,22 @@ def _flag(arg: str, lists: Collection[str]) -> str:
     return f"--{plain}{'+' if plain in lists else ''}{equals}{value}"
 
 
-@contextmanager
-def _mistakes_in_one_paragraph() -> Iterator[None]:
-    """What this package raises on purpose is written for the user: one paragraph, no traceback."""
+def _has_narrow_weights(config: Namespace) -> bool:
+    """Whether weights are trained in 16 bits, which swallow small updates."""
+    # Mixed precision keeps them in 32; a base that is only loaded in 16 bits may be frozen under an adapter.
+    return str(config.trainer.precision) in ("bf16-true", "16-true") or config.model.loading.dtype in ("bfloat16", "float16")
+
+
+def _check_devices(asked: Namespace) -> None:
+    """Let Lightning refuse what it would refuse after the first stages."""
+    strategy = asked.strategy if isinstance(asked.strategy, str) else "auto"
+    chosen = {name: asked[name] for name in ("accelerator", "devices", "num_nodes", "precision") if asked[name] is not None}
+    level = logging.getLogger(LIGHTNING_LOG).level
+    logging.getLogger(LIGHTNING_LOG).setLevel(logging.WARNING)  # the trainer of the run says it again
     try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        if not _raised_by_us(error):
-            raise
-        raise SystemExit(f"error: {error}") from error
-
-
-def _raised_by_us(error: Exception) -> bool:
-    """Whether the line that raised is in this package, and not in a library below it."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
-
-
-def _holds_more_than_a_start(folder: Path) -> bool:
-    entries = folder.iterdir() if folder.exists() else []
-    return any(not any(entry.match(pattern) for pattern in START_FILES) for entry in entries)
+        L.Trainer(strategy=strategy, logger=False, enable_checkpointing=False, enable_progress_bar=False, **chosen)
+    finally:
+        logging.getLogger(LIGHTNING_LOG).setLevel(level)
 
 
 def _count(number: int, noun: str) -> str:
@@ -303,7 +356,9 @@ def _count(number: int, noun: str) -> str:
 def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
     """Write the export and the summary, and say where everything lies."""
     export = cli.folder / "export" if cli.config.run.export else None
-    result = RunResult(cli.folder, export, cli.record.metrics)
+    # A run that had ended already, and was resumed all the same, has measured nothing by itself.
+    was_over = not cli.record.metrics
+    result = RunResult(cli.folder, export, read_metrics(cli.folder) if was_over else cli.record.metrics)
     if not cli.trainer.is_global_zero:
         return result
     module, data = cli.model, cli.datamodule
@@ -315,7 +370,7 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         recipe=cli.recipe.name,
         steps=cli.trainer.global_step,
         seconds=seconds,
-        metrics=cli.record.metrics,
+        metrics=result.metrics,
         alerts=len(alerts),
         digests={"data": data.digest, **module.digests()},
     )
@@ -330,11 +385,11 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         "TensorBoard": f"tensorboard --logdir {cli.folder}",
     }
     for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it outside __init__
-        if isinstance(callback, GoldReward):
+        if isinstance(callback, GoldReward) and not was_over:
             print_samples(callback.first, callback.last)
     print_summary(
         title=f"{cli.recipe.name}: {_count(cli.trainer.global_step, 'update')} in {seconds:.0f} s",
-        metrics=cli.record.metrics,
+        metrics=result.metrics,
         headline=cli.recipe.headline,
         places={name: place for name, place in places.items() if not isinstance(place, Path) or place.exists()},
     )

@@ -63,6 +63,8 @@ class RewardObservation(Observation):
     prompt_ids: Tensor  # [N], integer; equal ids = responses of one prompt
     lengths: Tensor | None = None  # [N], response tokens; needed to see whether length is what pays
     gold: Tensor | None = None  # [N], what the responses are really worth (any monotone scale, larger is better)
+    uncertainty: Tensor | None = None  # [N], standard deviation between the members of an ensemble, unit of the rewards
+    kl: Tensor | None = None  # [N], log-ratio of each response to the reference, nats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_pref.alerts import Alert, Judge, alert_rules
 from lightning_pref.callbacks.hosts import Host, LightningHost
+from lightning_pref.measures.updates import was_executed
 
 STATE_VERSION = 1
 
@@ -130,8 +131,8 @@ class Diagnostic(Callback):
             self._handle.remove()
         self._handle, self._counts_calls = None, False
 
-    def _count(self, *_: object) -> None:
-        self.updates += 1
+    def _count(self, optimizer: Optimizer, *_: object) -> None:
+        self.updates += int(was_executed(optimizer))
 
     def batch_begins(self) -> None:
         """Note where the count of updates stands; a trainer's adapter calls it before each micro-batch."""

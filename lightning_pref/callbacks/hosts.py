@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_pref.alerts import Alert, Level
+from lightning_pref.escaping import in_html, in_markdown, on_terminal
 from lightning_pref.observations import Observation, end_round, observe, published_kinds, required_fields
 
 ALERTS_FILE = "alerts.jsonl"
+# Interval of a schedule that is not to be stepped; no loop has it.
+HELD = "held"
 
 logger = logging.getLogger("lightning_pref.alerts")
 
@@ -72,6 +75,12 @@ class Host(Protocol):
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, on every one of them; every process must come by."""
+
+    def pass_over(self) -> Callable[[], None]:
+        """Have the trainer make nothing of the coming update, whose gradients are gone; gives what ends that.
+
+        Schedules of the learning rate that follow the updates do not count it.
+        """
 
     def publish(self, observation: Observation, source: str) -> None:
         """Hand an observation to every diagnostic attached to the same trainer that consumes its class."""
@@ -157,6 +166,22 @@ class LightningHost:
         assert isinstance(reduced, Tensor)
         return reduced
 
+    def pass_over(self) -> Callable[[], None]:
+        trainer = self.trainer
+        # The loop steps the schedules whose interval is the word for what has just ended.
+        held = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
+        for config in held:
+            config.interval = HELD
+        clip_value = trainer.gradient_clip_val
+        trainer.gradient_clip_val = None  # torch cannot clip no gradients by value
+
+        def release() -> None:
+            for config in held:
+                config.interval = "step"
+            trainer.gradient_clip_val = clip_value
+
+        return release
+
     def publish(self, observation: Observation, source: str) -> None:
         observe(self._module, observation, source=source)
 
@@ -187,14 +212,14 @@ def as_floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
 def markdown(alert: Alert) -> str:
     """An alert as TensorBoard shows it."""
     return (
-        f"**{alert.level}: {alert.name}** ({alert.source}), since step {alert.since_step}\n\n{alert.evidence}\n\n"
-        f"*What to change:* {alert.advice}"
+        f"**{alert.level}: {in_markdown(alert.name)}** ({in_markdown(alert.source)}), since step {alert.since_step}\n\n"
+        f"{in_html(alert.evidence)}\n\n*What to change:* {in_html(alert.advice)}"
     )
 
 
 def record_alert(alert: Alert, folder: Path | None) -> None:
     """Say it on the console, and add it to the run's `alerts.jsonl` where the run has a folder."""
-    logger.log(_LOG_LEVELS[alert.level], alert.text())
+    logger.log(_LOG_LEVELS[alert.level], "%s", "\n".join(map(on_terminal, alert.text().split("\n"))))
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ def well_known_keys(outputs: Any, batch: Any) -> Observation | None:
     """Read the keys that preference trainers commonly return.
 
     `chosen_logps`, `rejected_logps` (with `ref_chosen_logps`, `ref_rejected_logps`, `chosen_lengths`, `rejected_lengths`) and
-    `row_ids`, or `rewards` with `group` (which prompt each reward belongs to; with `lengths` and `gold`). What says where
-    something belongs may also stand in the batch.
+    `row_ids`, or `rewards` with `group` (which prompt each reward belongs to; with `lengths`, `gold`, `uncertainty`,
+    `kl`). What says where something belongs may also stand in the batch.
     """
     if not isinstance(outputs, Mapping):
         return None
@@ -44,7 +44,7 @@ def well_known_keys(outputs: Any, batch: Any) -> Observation | None:
             )
         return PairObservation(**{key: given[key] for key in PAIR_KEYS if isinstance(given.get(key), Tensor)})
     if "rewards" in outputs and "group" in given:
-        optional = {key: given[key] for key in ("lengths", "gold") if isinstance(given.get(key), Tensor)}
+        optional = {key: given[key] for key in ("lengths", "gold", "uncertainty", "kl") if isinstance(given.get(key), Tensor)}
         return RewardObservation(rewards=outputs["rewards"], prompt_ids=given["group"], **optional)
     return None
 

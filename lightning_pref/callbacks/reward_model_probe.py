@@ -46,7 +46,8 @@ class RewardModelProbe(Probe):
     Changes: nothing; scoring is done in eval mode, without gradients, with all random states restored.
 
     The same numbers come out on any number of ranks. Alerts are those of the `RewardVarianceMonitor`, raised at the first
-    measurement that gives reason, since a fixed set has no sampling noise.
+    measurement that gives reason, since a fixed set has no sampling noise. Scores that are all 0 before training are none: those
+    of an implicit reward are.
 
     Args:
         name: Part of the keys.
@@ -105,11 +106,14 @@ class RewardModelProbe(Probe):
         mine = {index: kept for (index, counts), kept in zip(indices, self._kept, strict=True) if counts}
         self._kept = []
         table = _gathered(host, mine, len(self.batches))
+        # The log-ratio of an implicit reward to where its training starts is 0 there, which is no fault.
+        is_untouched = self._first_scores is None and not bool(table[:, 0].any())
         values = as_floats(self._report(table))
         logged = {key for key in values if self.details or key.removeprefix(f"{PREFIX}/") in MAIN}
         logged |= {key.name for key in TEACHING} | {f"{PREFIX}/length_correlation", f"{PREFIX}/not_finite"}
         host.log({f"{self.source}/{key}": value for key, value in values.items() if key in logged})
-        self.judge(host, values, source=self.source)
+        if not is_untouched:
+            self.judge(host, values, source=self.source)
 
     def _report(self, table: Tensor) -> dict[str, Tensor]:
         """Every number about the scores of all responses, [N, 4]."""

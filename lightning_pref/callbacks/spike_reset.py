@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,19 +20,12 @@ from lightning_pref.callbacks.diagnostic import Diagnostic, Key
 from lightning_pref.callbacks.hosts import Host, LightningHost
 from lightning_pref.callbacks.monitor import FALLBACK_CADENCE
 from lightning_pref.callbacks.optimizer_state import is_bitsandbytes
+from lightning_pref.callbacks.row_ids import Rows, group_rows, rows_of_all_ranks
 from lightning_pref.callbacks.spike_ladder import Rung
 from lightning_pref.callbacks.spike_modes import Answer, EvidenceMode, Mode, Signal, SpamMode
 from lightning_pref.callbacks.spike_settings import refuse_settings
 from lightning_pref.callbacks.spike_track import Measured, Track, UpdateParts
 from lightning_pref.callbacks.update_parts import LocalGradient, local_gradients, num_flat_shards, squared_norm
-from lightning_pref.data.groups import GroupBatch
-
-Rows = Callable[[Any], "Tensor | Sequence[int] | None"]  # Any: a batch of the user's own
-
-
-def group_rows(batch: object) -> Tensor | None:
-    """Row ids of a `GroupBatch`, [G]; `None` for any other batch."""
-    return batch.row_ids if isinstance(batch, GroupBatch) else None
 
 
 class SpikeAwareOptimizerReset(Diagnostic):
@@ -309,22 +302,11 @@ class SpikeAwareOptimizerReset(Diagnostic):
                 "scores": answer.scores,
                 "action": answer.action,
                 "recurrence": answer.recurrence,
-                "rows": self._all_rows(host),
+                "rows": rows_of_all_ranks(host, self._rows),
             }
         )
         self.events = self.events[-self.max_events :]
         self.judge(host, {"spike/recurrence": float(answer.recurrence)}, evidence=self._evidence)
-
-    def _all_rows(self, host: Host) -> list[int]:
-        """Row ids of the update on all processes; every process saw the spike, so that every one comes by."""
-        mine = torch.cat([rows.flatten().long() for rows in self._rows]) if self._rows else torch.zeros(0, dtype=torch.long)
-        counts = torch.zeros(host.world_size, dtype=torch.long, device=host.device)
-        counts[host.rank] = len(mine)
-        places = [int(count) for count in host.total(counts).tolist()]
-        rows = torch.zeros(sum(places), dtype=torch.long, device=host.device)
-        begin = sum(places[: host.rank])
-        rows[begin : begin + len(mine)] = mine.to(host.device)
-        return [int(row) for row in host.total(rows).tolist()] if len(rows) else []
 
     def _evidence(self, rule: str) -> str:
         """The last event, for rules about events."""

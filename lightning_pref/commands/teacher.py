@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -104,16 +105,20 @@ def teacher(
         max_new_tokens: Longest response.
         temperature: Of the sampling; 1 is the policy itself.
         seed: Of the sampling.
-        save_responses: JSON-lines file for the sampled responses, for `responses` next time.
+        save_responses: JSON-lines file for the sampled responses, all ranked alike, for `responses` next time.
         out: JSON file for the numbers.
         batch_size: Sequences that a model works on at a time.
         dtype: Of the models' weights.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
     """
     _check(reward_model, policy, prompts, responses, gold, num_prompts=num_prompts, num_responses=num_responses)
-    if responses is not None and save_responses is not None:
-        raise ValueError(
-            "`--save_responses` keeps what is sampled, but `--responses` takes the place of sampling; leave one out."
+    if responses is not None:
+        _check_unsampled(
+            save_responses=save_responses,
+            num_responses=num_responses,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
         )
     _check_folders(out=out, save_responses=save_responses)
     place = device_named(device)
@@ -245,6 +250,21 @@ def _check(
         raise ValueError(f"`num_responses` must be at least 2, since a variance needs two; got {num_responses!r}.")
 
 
+def _check_unsampled(save_responses: str | None, **sampling: float) -> None:
+    """Raise for a setting of the sampling where responses are read."""
+    if save_responses is not None:
+        raise ValueError(
+            "`--save_responses` keeps what is sampled, but `--responses` takes the place of sampling; leave one out."
+        )
+    defaults = inspect.signature(teacher).parameters
+    useless = [name for name, value in sampling.items() if value != defaults[name].default]
+    if useless:
+        raise ValueError(
+            f"`--{useless[0]}` acts on sampling, but `--responses` takes the place of that: it has no effect. Leave it out, or "
+            "sample with `--policy` and `--prompts`."
+        )
+
+
 def _check_folders(**files: str | None) -> None:
     for name, file in files.items():
         if file is not None and not Path(file).absolute().parent.is_dir():
@@ -263,7 +283,11 @@ def _check_finite(name: str, rewards: Tensor, answered: Sequence[Answered]) -> N
 
 def _save(answered: Sequence[Answered], file: str | None) -> None:
     if file is not None:
-        lines = [json.dumps({"prompt": row.row.prompt, "responses": list(row.responses)}) for row in answered]
+        # Without ranks a list of responses is best first.
+        rows = [
+            {"prompt": row.row.prompt, "responses": list(row.responses), "ranks": [0] * len(row.responses)} for row in answered
+        ]
+        lines = [json.dumps(row) for row in rows]
         Path(file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

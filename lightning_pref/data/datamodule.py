@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +23,23 @@ from lightning_pref.data.groups import GroupBatch
 from lightning_pref.data.loading import OnBadRow, load_groups
 from lightning_pref.data.playground import Split
 from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSettings, is_playground
+from lightning_pref.data.rendering import check_template
 from lightning_pref.data.replay import check_choice, column_values, kept_by_chance, kept_by_value, with_replay
+from lightning_pref.data.run_place import RunPlace, place_of
 from lightning_pref.data.sampler import GroupBatches, GroupBatchSampler, GroupLoader
+from lightning_pref.data.source_choice import check_held_out, check_sources, holds_out
 from lightning_pref.data.sources import read_rows
 from lightning_pref.data.store import GroupStore, GroupSubset, GroupTable
 from lightning_pref.data.templates import Tokenization
-from lightning_pref.data.truncation import Truncation
+from lightning_pref.data.truncation import Limits, Truncation
+from lightning_pref.domains import check_range, check_seed
 from lightning_pref.models.backbones import given_tokenizer
 
 Part = Literal["train", "val", "replay"]
 
 log = logging.getLogger(__name__)
+
+STATE_VERSION = 2
 
 # Where neither bound of a batch is given: four pairs of 2048 tokens, or many short ones.
 DEFAULT_MAX_TOKENS = 8192
@@ -146,33 +152,26 @@ class PreferenceData(L.LightningDataModule):
         self.cache_folder = Path(cache_dir) if cache_dir is not None else default_cache_folder()
         self.playground = playground
         self._tables: tuple[GroupTable, GroupTable | None] | None = None
+        self._place: RunPlace | None = None  # where a resumed run goes on
+        self._train_sampler: GroupBatchSampler | None = None
         self._check()
 
     def _check(self) -> None:
-        sources = self.train_sources + (self.val_sources or []) + (self.replay_sources or [])
-        if not self.train_sources:
-            raise ValueError("`train` names no data; give a file, a folder, a hub id or `playground`.")
-        others = [source for source in sources if not is_playground(source)]
-        for name in ("split", "val_split", "subset", "revision", "columns"):
-            if getattr(self, name) is not None and not others:
-                raise ValueError(f"`{name}` is for files, folders and hub data sets, and all data is {sources}; leave it out.")
-        if len(others) == len(sources) and self.playground != PlaygroundSettings():
-            raise ValueError(f"`playground` is set, but the data is {sources}; leave it out, or train on `playground`.")
-        if self.val_size is not None and self.val_size < 0:
-            raise ValueError(f"`val_size` is a share below 1 or a number of rows, got {self.val_size!r}.")
-        if self.val_size is not None and not self._holds_out:
-            own = "`playground.num_val_rows`" if self.val_sources is None and not others else "`val` or `val_split`"
-            raise ValueError(
-                f"`val_size` holds out training rows, but the validation data comes from {own}; leave one of them out."
-            )
-        if self.limit_rows is not None and self.limit_rows < 1:
-            raise ValueError(f"`limit_rows` must be at least 1, got {self.limit_rows!r}.")
+        Limits(max_length=self.max_length, max_prompt_length=self.max_prompt_length, truncation=self.truncation)
+        check_range("max_tokens_per_batch", self.max_tokens_per_batch, at_least=1)
+        check_range("batch_size", self.batch_size, at_least=1)
+        check_range("num_workers", self.num_workers, at_least=0)
+        check_seed("seed", self.seed)
+        check_template(self.chat_template, self.template_date)
+        of_files = {name: getattr(self, name) for name in ("split", "val_split", "subset", "revision", "columns")}
+        others = (self.val_sources or []) + (self.replay_sources or [])
+        check_sources(self.train_sources, others, of_files, self.playground, limit_rows=self.limit_rows)
+        check_held_out(self.train_sources, self.val_sources, self.val_split, self.val_size)
         check_choice(self.replay_sources, self.replay_share, self.keep_rows, self.keep_rows_by)
 
     @property
     def _holds_out(self) -> bool:
-        all_playground = all(map(is_playground, self.train_sources))
-        return self.val_sources is None and self.val_split is None and not all_playground
+        return holds_out(self.train_sources, self.val_sources, self.val_split)
 
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -304,7 +303,19 @@ class PreferenceData(L.LightningDataModule):
             schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
             accumulate = schedulers[0].get_accumulate_grad_batches if schedulers else trainer.accumulate_grad_batches
             limit_batches = trainer.limit_train_batches
-        return self._loader(self.train_table, shuffle=True, accumulate=accumulate, limit_batches=limit_batches, **self._place())
+        loader = self._loader(
+            self.train_table, shuffle=True, accumulate=accumulate, limit_batches=limit_batches, **self._own_rank()
+        )
+        assert isinstance(loader.sampler, GroupBatchSampler), "`_loader` makes it so"
+        self._train_sampler = loader.sampler
+        self._go_on()
+        return loader
+
+    def _go_on(self) -> None:
+        """Let a resumed run go on where it was; strategies that split weights read checkpoints after the loaders are made."""
+        if self._place is not None and self._train_sampler is not None:
+            self._train_sampler.resume(self._place.epoch, self._place.batch)
+            self._place = None
 
     @override
     def val_dataloader(self) -> GroupLoader | list[GroupLoader]:
@@ -312,13 +323,13 @@ class PreferenceData(L.LightningDataModule):
             # An empty list is how Lightning is told that there is no validation; it wonders about it all the same.
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero", category=UserWarning)
             return []
-        return self._loader(self.val_table, shuffle=False, **self._place())
+        return self._loader(self.val_table, shuffle=False, **self._own_rank())
 
     def every_batch(self, table: GroupTable, rank: int = 0, num_replicas: int = 1) -> Iterable[GroupBatch]:
         """All groups of a table in their own order, or one rank's share of them."""
         return self._loader(table, shuffle=False, rank=rank, num_replicas=num_replicas)
 
-    def _place(self) -> dict[str, int]:
+    def _own_rank(self) -> dict[str, int]:
         """This rank, and the number of ranks that see different data."""
         trainer = self.trainer
         place = None if trainer is None else trainer.distributed_sampler_kwargs
@@ -353,6 +364,7 @@ class PreferenceData(L.LightningDataModule):
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -361,6 +373,28 @@ class PreferenceData(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Any: Lightning's own signature. Lightning itself would wait for each copy.
         return batch.to(device, non_blocking=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
+        place = RunPlace(0, 0) if self.trainer is None else place_of(self.trainer)
+        return {"version": STATE_VERSION, "place": tuple(place)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
+        self._place = resumed_place(state_dict)
+        self._go_on()
+
+
+def resumed_place(state_dict: Mapping[str, Any]) -> RunPlace:  # Any: as above
+    """Where the data of a checkpoint goes on."""
+    if state_dict.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"The checkpoint holds version {state_dict.get('version')!r} of the state of the data; this release reads version "
+            f"{STATE_VERSION}. Resume with the release that wrote it."
+        )
+    # Lightning asks this of the loader; here the data module keeps the place.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended", category=PossibleUserWarning)
+    return RunPlace(*state_dict["place"])
 
 
 def hold_out(table: GroupTable, size: float) -> tuple[GroupSubset, GroupSubset]:

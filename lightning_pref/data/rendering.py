@@ -66,7 +66,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer = tokenizer
         self._own = None if template is None else _read_template(template)
-        self._day = date.fromisoformat(template_date or DEFAULT_TEMPLATE_DATE)
+        self._day = _day_of(template_date or DEFAULT_TEMPLATE_DATE)
         self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages", "strftime_now"}
         self._warn_of_clock(is_day_chosen=template_date is not None)
 
@@ -236,8 +236,27 @@ def _read_template(template: str | Path) -> str:
     if isinstance(template, str) and "{" in template:
         return template
     path = Path(template)
-    if not path.is_file():
+    # A text that is no template and no name of a file may not even be asked for.
+    if "\0" in str(path) or not path.is_file():
         raise FileNotFoundError(
             f"no chat template at {path.absolute()}. Correct the path, or give the Jinja text itself as `chat_template`."
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: the chat template is no UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+
+
+def _day_of(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"`template_date` is a day such as {DEFAULT_TEMPLATE_DATE}, got {text!r}.") from error
+
+
+def check_template(template: str | Path | None, template_date: str | None) -> None:
+    """Raise for a template that cannot be read and a day that is none, before any row is."""
+    if template is not None:
+        _read_template(template)
+    if template_date is not None:
+        _day_of(template_date)

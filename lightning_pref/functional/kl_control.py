@@ -42,7 +42,7 @@ class FixedKL:
 
     def start(self) -> Tensor:
         """The coefficient, []."""
-        return torch.tensor(self.coefficient)
+        return torch.tensor(self.coefficient, dtype=torch.float32)
 
     def updated(self, coefficient: Tensor, kl: Tensor | float, num_responses: Tensor | int) -> Tensor:  # noqa: ARG002
         """The coefficient as it is."""
@@ -78,7 +78,7 @@ class AdaptiveKL:
 
     def start(self) -> Tensor:
         """The first coefficient, []."""
-        return torch.tensor(self.initial)
+        return torch.tensor(self.initial, dtype=torch.float32)
 
     def updated(self, coefficient: Tensor, kl: Tensor | float, num_responses: Tensor | int) -> Tensor:
         """The coefficient a step closer to what holds the KL at its target."""

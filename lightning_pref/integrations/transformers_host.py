@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,6 +142,17 @@ class TransformersHost:
         reduced = self.trainer.accelerator.reduce(values.to(self.device), reduction="sum")
         assert isinstance(reduced, Tensor)
         return reduced
+
+    def pass_over(self) -> Callable[[], None]:
+        scheduler = self.trainer.lr_scheduler
+        if scheduler is None:
+            return lambda: None
+        vars(scheduler)["step"] = lambda *_, **__: None
+
+        def release() -> None:
+            vars(scheduler).pop("step", None)
+
+        return release
 
     def publish(self, observation: Observation, source: str) -> None:
         self.audience.deliver(observation, source)

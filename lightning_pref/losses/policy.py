@@ -256,7 +256,7 @@ def aggregation_weights(response: Tensor, lengths: Tensor, how: Aggregation, *, 
     """
     if max_length is not None and (how != "sequence_sum" or not max_length > 0):
         raise ValueError(f"`max_length` divides 'sequence_sum' and must be positive, got {max_length!r} with {how!r}.")
-    ones = torch.ones(response.shape, device=response.device)
+    ones = torch.ones(response.shape, dtype=torch.float32, device=response.device)
     if how == "sequence_mean":
         return ones / lengths.clamp(min=1)[response]
     if how == "sequence_sum":

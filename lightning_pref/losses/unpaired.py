@@ -92,7 +92,7 @@ class RunningMean(NamedTuple):
 
     @classmethod
     def empty(cls) -> Self:
-        return cls(torch.tensor(0.0), torch.tensor(0.0))
+        return cls(torch.zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.float32))
 
     def updated(self, total: Tensor, count: Tensor) -> Self:
         """The mean with `count` more values that add up to `total`; all-reduce both first. Nothing seen leaves it as is."""

@@ -35,6 +35,7 @@ from lightning_pref.measures.forgetting import (
     windowed_plasticity,
     worst_case_accuracy,
 )
+from lightning_pref.measures.lost_updates import is_lost, lost_share
 from lightning_pref.measures.mass_shift import probability_change
 from lightning_pref.measures.means import WeightedMeans
 from lightning_pref.measures.overoptimization import (
@@ -48,6 +49,7 @@ from lightning_pref.measures.overoptimization import (
 )
 from lightning_pref.measures.pair_history import PairHistory
 from lightning_pref.measures.policy_update import explained_variance, is_clipped, is_value_clipped
+from lightning_pref.measures.proxy_history import ProxyHistory
 from lightning_pref.measures.ranking import flip_threshold, idealized_ranking_accuracy, implicit_accuracy, ranking_accuracy
 from lightning_pref.measures.spikes import (
     RobustDetector,
@@ -71,6 +73,7 @@ __all__ = [
     "PairCalibration",
     "PairHistory",
     "ProbeScores",
+    "ProxyHistory",
     "RewardVariance",
     "RobustDetector",
     "Scored",
@@ -99,10 +102,12 @@ __all__ = [
     "in_band",
     "is_clipped",
     "is_displaced",
+    "is_lost",
     "is_value_clipped",
     "kl_of_best_of_n",
     "length_balanced_accuracy",
     "length_correlation",
+    "lost_share",
     "max_drawdown",
     "minimum_accuracy",
     "noise_floor",

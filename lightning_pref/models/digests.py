@@ -75,7 +75,13 @@ def weights_digest(model: PreTrainedModel | PeftModel) -> str:
 
     A fresh LoRA adapter changes no output, so it is left out: a cache made without one stays good.
     """
-    state = plain_state(model, merged=False) if isinstance(model, PeftModel) and adapter_is_fresh(model) else model.state_dict()
+    if isinstance(model, PeftModel) and adapter_is_fresh(model):
+        return tensors_digest(plain_state(model, merged=False))
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest of named tensors by name, shape, dtype and bytes, the same on every device."""
     names = sorted(state)
     # hashlib lets go of the interpreter lock; four threads outrun the memory of most machines.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:

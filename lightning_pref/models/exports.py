@@ -71,6 +71,8 @@ def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def _empty_like(model: PreTrainedModel, *, tied: bool) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = config.tie_word_embeddings and tied
+    if hasattr(config, "quantization_config"):  # what was in 4 bit is dense now
+        del config.quantization_config
     with torch.device("meta"):
         return type(model)(config)
 

@@ -19,6 +19,7 @@ from lightning_pref.models.exports import export, plain_model
 from lightning_pref.models.folders import replaced_folder
 from lightning_pref.models.heads import causal_lm_of, head_of
 from lightning_pref.models.reward_heads import RewardHead, VerbalizerRewardHead
+from lightning_pref.models.reward_members import active_member, member_names
 from lightning_pref.models.reward_models import ScoreScale, build_reward_model, name_members
 
 PADDING = "<|pad|>"
@@ -44,11 +45,15 @@ def export_reward_model(
         folder: Where to.
         merge_adapter: Write a plain model with the adapter added to its weights; otherwise the adapter with its head alone,
             for `PeftModel.from_pretrained`.
-        member: Of an ensemble: `all` writes every head, one label each; `mean` one head that gives exactly their mean score;
-            a number that head alone. Programs that want `num_labels=1` take the latter two.
+        member: Of an ensemble of heads: `all` writes every head, one label each; `mean` one head that gives exactly their mean
+            score; a number that head alone. Programs that want `num_labels=1` take the latter two. Of adapters `all` writes a
+            folder for each, `member_0` and so on, which `load_reward` takes for one ensemble; a number that member alone.
         verbalizer: The head of a language model that scores by two words; it becomes a linear head.
         final_ids: Which token ids were seen to end responses, [V] bool; a padding token among them is replaced.
     """
+    if isinstance(model, PeftModel) and (names := member_names(model)):
+        _export_members(model, tokenizer, Path(folder), names, merge_adapter=merge_adapter, member=member, final_ids=final_ids)
+        return
     if not merge_adapter:
         if member != "all":
             raise ValueError(f"An adapter alone is written with all its heads; `member={member!r}` needs `merge_adapter=True`.")
@@ -60,8 +65,6 @@ def export_reward_model(
     plain = plain_model(model)
     if verbalizer is not None:
         plain = _as_classifier(plain, verbalizer)
-    tokenizer = copy.deepcopy(tokenizer)
-    _set_padding(plain, tokenizer, final_ids)
     if member != "all":
         head = plain.score
         assert isinstance(head, nn.Linear)
@@ -69,9 +72,55 @@ def export_reward_model(
         plain.score = RewardHead.around(_one(head.weight, member), None if bias is None else _one(bias, member))
         name_members(plain.config, 1)
         _keep_scale(plain.config, member)
-    with replaced_folder(Path(folder), replaces="config.json") as partial:
+    _write(plain, tokenizer, Path(folder), final_ids)
+
+
+def _write(plain: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, final_ids: Tensor | None) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    _set_padding(plain, tokenizer, final_ids)
+    with replaced_folder(folder, replaces="config.json") as partial:
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _export_members(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    names: list[str],
+    *,
+    merge_adapter: bool,
+    member: Member,
+    final_ids: Tensor | None,
+) -> None:
+    """Members that are adapters: one classifier cannot hold them, so each gets a folder of its own, plain like any other."""
+    if member == "mean":
+        raise ValueError(
+            "The mean of adapters is no single model: their scores are not linear in their weights. Export `member='all'`, a "
+            "folder for each, or one of them by its number."
+        )
+    if isinstance(member, int) and not 0 <= member < len(names):
+        raise ValueError(f"`member` must be below the number of members, {len(names)}, got {member!r}.")
+    if not merge_adapter:
+        if member != "all":
+            raise ValueError(f"Adapters alone are written together; `member={member!r}` needs `merge_adapter=True`.")
+        with replaced_folder(folder, replaces=names[0]) as partial:
+            model.save_pretrained(str(partial), save_embedding_layers=False)
+            tokenizer.save_pretrained(partial)
+        return
+
+    def write_member(number: int, place: Path) -> None:
+        with active_member(model, names[number]):
+            plain = plain_model(model)
+        _keep_scale(plain.config, number)
+        _write(plain, tokenizer, place, final_ids)
+
+    if isinstance(member, int):
+        write_member(member, folder)
+        return
+    with replaced_folder(folder, replaces=names[0]) as partial:
+        for number, name in enumerate(names):
+            write_member(number, partial / name)
 
 
 def _keep_scale(config: PreTrainedConfig, member: int | Literal["mean"]) -> None:

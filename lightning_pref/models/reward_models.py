@@ -26,11 +26,12 @@ from lightning_pref.models.backbones import (
     load_model,
 )
 from lightning_pref.models.forward import Layout, place_batch, response_logps
-from lightning_pref.models.heads import causal_lm_of
+from lightning_pref.models.heads import causal_lm_of, head_of
 from lightning_pref.models.layouts import PlacedLayout, plan_layout
-from lightning_pref.models.parity import HEAD_TOLERANCE, TF32_TOLERANCE
+from lightning_pref.models.parity import HEAD_TOLERANCE, TF32_TOLERANCE, verified_head
 from lightning_pref.models.presets import is_preset
 from lightning_pref.models.reward_heads import LinearRewardHead, RewardHead, ScoreHead
+from lightning_pref.models.sharding import is_split, within_forward
 
 ScoreQuantity = Literal["tokens", "hidden"]
 SCORE_QUANTITIES: tuple[ScoreQuantity, ...] = ("tokens", "hidden")
@@ -84,7 +85,9 @@ class ScoreScale(NamedTuple):
     def recall(cls, config: PreTrainedConfig) -> Self | None:
         """Read it from the config of a reward model; `None` where nobody wrote it."""
         mean, std = getattr(config, "score_mean", None), getattr(config, "score_std", None)
-        return None if mean is None or std is None else cls(torch.tensor(mean), torch.tensor(std))
+        if mean is None or std is None:
+            return None
+        return cls(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
 
 
 def response_scores(
@@ -112,23 +115,35 @@ def response_scores(
     if unknown := sorted(set(want) - set(SCORE_QUANTITIES)):
         raise ValueError(f"Unknown quantity {unknown[0]!r} in `want`; known: {', '.join(SCORE_QUANTITIES)}.")
     head = head if head is not None else LinearRewardHead()
-    trunk = head.trunk(model)
     if isinstance(head, LinearRewardHead):
-        _verify(model, trunk)
+        _verify(model)
+    elif is_split(model):
+        # The comparison runs the model itself, which its forward pass below cannot.
+        verified_head(model, head_of(model))
+    by_last, by_token, hidden, response, placed = within_forward(model, lambda: _scored(model, batch, layout, want, head))
+    return ResponseScores(
+        members=by_last.T,
+        lengths=batch.response_lengths,
+        response=response,
+        token_members=None if by_token is None else by_token.T,
+        hidden=hidden if "hidden" in want else None,
+        layout=placed,
+    )
+
+
+def _scored(
+    model: PreTrainedModel | PeftModel, batch: GroupBatch, layout: Layout, want: Collection[ScoreQuantity], head: ScoreHead
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, PlacedLayout]:
+    """Scores at last tokens and at all, states at last tokens, the response of each token, and the layout that was used."""
+    trunk = head.trunk(model)
     placed = place_batch(trunk, batch, layout, name=type(causal_lm_of(model)).__name__)
     plan = plan_layout(batch, placed).to(batch.input_ids.device)
     states = slot_states(trunk, batch, plan)
     last = last_tokens(batch)
     hidden = states.index_select(0, plan.place[last])
-    by_token = head.scores(model, states.index_select(0, plan.place)).T if "tokens" in want else None
-    return ResponseScores(
-        members=head.scores(model, hidden).T if by_token is None else by_token[:, last],
-        lengths=batch.response_lengths,
-        response=batch.response[plan.predicted],
-        token_members=by_token,
-        hidden=hidden if "hidden" in want else None,
-        layout=placed,
-    )
+    by_token = head.scores(model, states.index_select(0, plan.place)) if "tokens" in want else None
+    by_last = head.scores(model, hidden) if by_token is None else by_token[last]
+    return by_last, by_token, hidden, batch.response[plan.predicted], placed
 
 
 def last_tokens(batch: GroupBatch) -> Tensor:
@@ -209,7 +224,7 @@ def build_reward_model(
                 seed=seed,
             )
     name = model if isinstance(model, str) else type(model).__name__
-    built = _with_own_head(loaded, num_members, name) if _has_linear_head(loaded) else _with_head(loaded, num_members, head_seed)
+    built = _with_own_head(loaded, num_members, name) if has_linear_head(loaded) else _with_head(loaded, num_members, head_seed)
     built.train()
     return built
 
@@ -243,7 +258,7 @@ def _with_head(model: PreTrainedModel, num_members: int | None, seed: int) -> Pr
         ) from error
     assert isinstance(classifier, PreTrainedModel)
     trunk = causal_lm.base_model
-    if type(classifier.base_model) is not type(trunk) or not _has_linear_head(classifier):
+    if type(classifier.base_model) is not type(trunk) or not has_linear_head(classifier):
         raise ValueError(
             f"A {type(classifier).__name__} scores with more than a linear head `score` on a {type(trunk).__name__}; that is not "
             "supported. Use the head 'implicit', or another architecture."
@@ -267,7 +282,8 @@ def _width(classifier: PreTrainedModel) -> int:
     return head.in_features
 
 
-def _has_linear_head(model: PreTrainedModel) -> bool:
+def has_linear_head(model: PreTrainedModel) -> bool:
+    """Whether a linear head named `score` reads the states of single tokens, as in all decoders of transformers."""
     return isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
 
 
@@ -297,7 +313,7 @@ def _load_classifier(
         )
     model, report = loaded
     assert isinstance(model, PreTrainedModel)
-    if report["missing_keys"] or not _has_linear_head(model):
+    if report["missing_keys"] or not has_linear_head(model):
         missing = sorted(report["missing_keys"])
         lacks = f"it lacks {missing[0]!r}" if missing else "its head is not a linear `score`"
         raise ValueError(
@@ -308,18 +324,20 @@ def _load_classifier(
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel | PeftModel, trunk: PreTrainedModel) -> None:
+def _verify(model: PreTrainedModel | PeftModel) -> None:
     """Compare the classifier's own score of a few tokens with ours, once per model object."""
     classifier = causal_lm_of(model)
     if classifier in _verified:
         return
+    head = LinearRewardHead()
+    trunk = head.trunk(model)
     padding = classifier.config.get_text_config().pad_token_id
     vocabulary = trunk.config.get_text_config().vocab_size
     # Without the padding id, which transformers would take for the end of the row.
     ids = torch.tensor([[i for i in range(5) if i != padding]], device=trunk.device) % vocabulary
     with evaluating(classifier), torch.autocast(trunk.device.type, enabled=False):
         own = classifier(input_ids=ids, use_cache=False).logits.float()
-        ours = LinearRewardHead().scores(model, trunk(input_ids=ids, use_cache=False)[0][:, -1]).float()
+        ours = within_forward(model, lambda: head.scores(model, trunk(input_ids=ids, use_cache=False)[0][:, -1])).float()
     allowed = HEAD_TOLERANCE.get(trunk.dtype, HEAD_TOLERANCE[torch.bfloat16])
     allowed = allowed if torch.get_float32_matmul_precision() == "highest" else max(allowed, TF32_TOLERANCE)
     deviation = float("inf") if own.shape != ours.shape else float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_pref.models.backbones import Dtype, _explaining, _resolved, evaluating
+from lightning_pref.models.reward_models import has_linear_head
 
 
 def load_reward_model(
@@ -63,17 +64,12 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequence[Sequence[int]], 
         batch_size: Sequences of a forward pass.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    score = _decoder_scores if _has_token_head(model) else _plain_scores
-    found = torch.zeros(len(sequences))
+    score = _decoder_scores if has_linear_head(model) else _plain_scores
+    found = torch.zeros(len(sequences), dtype=torch.float32)
     with evaluating(model):
-        for batch in _batches(order, sequences, batch_size, may_pad=_has_token_head(model)):
+        for batch in _batches(order, sequences, batch_size, may_pad=has_linear_head(model)):
             found[batch] = score(model, [sequences[i] for i in batch]).float().cpu()
     return found
-
-
-def _has_token_head(model: PreTrainedModel) -> bool:
-    """Whether a linear head named `score` reads the states of single tokens, as in all decoders of transformers."""
-    return isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
 
 
 def _batches(order: Sequence[int], sequences: Sequence[Sequence[int]], batch_size: int, *, may_pad: bool) -> Sequence[list[int]]:

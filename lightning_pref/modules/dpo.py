@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, Pairs, PairSelection
+from lightning_pref.domains import check_range
 from lightning_pref.functional import segment_sum
 from lightning_pref.losses import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from lightning_pref.models.adapters import LoraSettings
@@ -60,12 +61,12 @@ class DPOModule(PolicyModule):
         ema: Let the reference follow the policy (TR-DPO).
         reference_cache: Folder of the disk cache; below the data's cache folder if not given.
         pairs: Which pairs are made of more than two ranked responses.
-        tail_weight: Weight of tokens beyond the length of the shorter response (LD-DPO); 1 is the plain sum.
+        tail_weight: Weight of tokens beyond the length of the shorter response (LD-DPO), in [0, 1]; 1 is the plain sum.
         weigh_by_policy: Weigh pairs by how likely the policy itself would say them (WPO).
         retain_weight: Weight of the likelihood of responses to keep, for `npo` and `simnpo`.
         layout: How prompts and responses are laid out for the forward pass; `auto` picks the cheapest.
         lora: Train low-rank adapters instead of all weights.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimiser and its schedule.
         loading: How a model given by name is loaded.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         log_entropy: Also log the mean entropy of the policy on response tokens.
@@ -108,6 +109,8 @@ class DPOModule(PolicyModule):
         self.loss = chosen.loss
         self.options = chosen.options
         self.needs_reference = chosen.needs_reference
+        check_range("tail_weight", tail_weight, at_least=0, at_most=1)
+        check_range("retain_weight", retain_weight, at_least=0)
         if chosen.kind != "pair":
             _refuse_pair_settings(str(loss), pairs=pairs, tail_weight=tail_weight, weigh_by_policy=weigh_by_policy)
         if weigh_by_policy and (coupled := coupled_losses(chosen)):
@@ -145,10 +148,8 @@ class DPOModule(PolicyModule):
         self.bco_threshold = BcoThreshold() if loss == "bco" else None
 
     @override
-    def configure_model(self) -> None:
-        if "policy" in self._modules:
-            return
-        super().configure_model()
+    def build_models(self) -> None:
+        super().build_models()
         # A frozen reference stays in eval mode on purpose; Lightning would advise against it in every run.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
         other = self.reference_model is not None

@@ -13,6 +13,8 @@ from lightning_pref.data.groups import GroupBatch
 from lightning_pref.models.adapters import LoraSettings, add_lora
 from lightning_pref.models.exports import export
 from lightning_pref.models.forward import Layout, Quantity, ResponseLogps, response_logps
+from lightning_pref.models.frozen_base import leave_base_out
+from lightning_pref.models.quantised import is_quantized
 from lightning_pref.modules.group_module import GroupModule, Loading
 from lightning_pref.modules.objectives import Measured
 from lightning_pref.modules.optimisation import OptimizerSettings
@@ -45,13 +47,18 @@ class PolicyModule(GroupModule):
         self.log_entropy = log_entropy
 
     @override
-    def configure_model(self) -> None:
-        """Load and adapt the policy; Lightning calls it inside the strategy's and precision's context, once."""
-        if "policy" in self._modules:
-            return
+    def build_models(self) -> None:
+        """Load and adapt the policy."""
         (given,) = self._given
+        if not isinstance(given, str) and self.loading.quantization is not None:
+            raise ValueError(
+                "`loading.quantization` acts on a model given by name, but an object is given. Turn it into 4 bit by "
+                "`lightning_pref.models.quantised.quantize(model, settings)`, or give its name."
+            )
         policy = self.made_ready(self.load(given) if isinstance(given, str) else given)
         self.policy = policy if self.lora is None else add_lora(policy, self.lora)
+        if is_quantized(policy):
+            leave_base_out(self, "policy")
 
     @property
     @override
@@ -61,7 +68,7 @@ class PolicyModule(GroupModule):
     @override
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, merge: bool = True) -> None:
         """Write the policy as a plain transformers folder, LoRA merged unless `merge` is off."""
-        export(self.policy, tokenizer, Path(folder), merge_adapter=merge)
+        export(self.whole, tokenizer, Path(folder), merge_adapter=merge)
 
     def policy_logps(self, batch: GroupBatch, want: Collection[Quantity] = ()) -> ResponseLogps:
         """Log-probabilities of every response under the policy, in this module's layout."""

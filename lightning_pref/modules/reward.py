@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +16,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, PairSelection
-from lightning_pref.losses.ensemble import How
+from lightning_pref.losses.ensemble import How, bootstrap_weights
 from lightning_pref.losses.reward import implicit_prm, step_bce
 from lightning_pref.models.adapters import LoraSettings, add_lora
 from lightning_pref.models.backbones import load_tokenizer
 from lightning_pref.models.exports import export
 from lightning_pref.models.forward import Layout, response_logps
+from lightning_pref.models.frozen_base import leave_base_out
 from lightning_pref.models.heads import causal_lm_of
+from lightning_pref.models.implicit_rewards import ImplicitSettings, save_implicit_settings
+from lightning_pref.models.quantised import is_quantized
 from lightning_pref.models.reference import Reference, summed_logps
 from lightning_pref.models.reference_choice import resolve_reference
 from lightning_pref.models.reward_exports import Member, export_reward_model
 from lightning_pref.models.reward_heads import LinearRewardHead, ScoreHead, VerbalizerRewardHead
+from lightning_pref.models.reward_members import add_members, member_scores
 from lightning_pref.models.reward_models import ResponseScores, build_reward_model, last_tokens, response_scores
 from lightning_pref.modules.group_module import GroupModule, Loading
 from lightning_pref.modules.objectives import StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
-from lightning_pref.modules.reward_choice import HeadKind, RewardLossName, check_choice, check_values
+from lightning_pref.modules.reward_choice import (
+    EnsembleKind,
+    HeadKind,
+    RewardLossName,
+    check_choice,
+    check_ensemble,
+    check_values,
+)
 from lightning_pref.modules.reward_terms import (
     MEAN,
     METRICS,
@@ -68,8 +78,12 @@ class RewardModule(GroupModule):
             the head `implicit`.
         head: `linear`: a new head reads the state at the last token. `verbalizer`: the logit of one word less that of another,
             no new weights. `implicit`: `beta` times the log-ratio of a language model to its reference; on pairs that is DPO.
-        num_members: Members of an ensemble: linear heads on the one backbone. A reward model brings its own number; else 1.
-        head_seed: Of the weights of a new head.
+        num_members: Members of an ensemble. A reward model brings its own number of heads; else 1.
+        ensemble: What its members are: `heads` on the one backbone, or LoRA `adapters` with a head each, for which the backbone
+            runs once each.
+        bootstrap: Let every member draw the rows with replacement: a row counts 0, 1, 2, ... times for it, the same in every
+            epoch.
+        head_seed: Of the weights of new heads, and of what `bootstrap` draws.
         aggregate: How the members' scores become the reward that is logged and published: mean, worst case (`wco`), or mean less
             variance (`uwo`). The members themselves are trained one by one.
         uwo_coefficient: Weight of the variance in `uwo`.
@@ -85,7 +99,7 @@ class RewardModule(GroupModule):
         reference_model: Another model as that reference.
         layout: How prompts and responses are laid out for the forward pass; `auto` picks the cheapest.
         lora: Train low-rank adapters, and the head, instead of all weights.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimiser and its schedule.
         loading: How a model given by name is loaded.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
@@ -97,6 +111,8 @@ class RewardModule(GroupModule):
         loss: RewardLossName = "bradley_terry",
         head: HeadKind = "linear",
         num_members: int | None = None,
+        ensemble: EnsembleKind = "heads",
+        bootstrap: bool = False,
         head_seed: int = 0,
         aggregate: How = "mean",
         uwo_coefficient: float = 0.5,
@@ -118,6 +134,7 @@ class RewardModule(GroupModule):
     ) -> None:
         given = {
             "num_members": (num_members, None), "head_seed": (head_seed, 0), "aggregate": (aggregate, "mean"),
+            "ensemble": (ensemble, "heads"), "bootstrap": (bootstrap, False),
             "uwo_coefficient": (uwo_coefficient, 0.5), "pairs": (pairs, "all"), "margin_scale": (margin_scale, 1.0),
             "center": (center, 0.0), "label_smoothing": (label_smoothing, 0.0), "top_k": (top_k, None),
             "levels": (levels, None), "label_words": (label_words, None), "beta": (beta, 0.05),
@@ -127,7 +144,18 @@ class RewardModule(GroupModule):
             name: value for name, (value, default) in given.items() if value != default
         }  # Any: any type
         check_choice(loss, head, changed, aggregate=aggregate, num_members=num_members)
-        check_values(center=center, label_smoothing=label_smoothing, top_k=top_k, levels=levels, beta=beta)
+        check_ensemble(ensemble, num_members, has_lora=lora is not None, gradient_checkpointing=gradient_checkpointing)
+        check_values(
+            center=center,
+            label_smoothing=label_smoothing,
+            top_k=top_k,
+            levels=levels,
+            beta=beta,
+            margin_scale=margin_scale,
+            num_members=num_members,
+            uwo_coefficient=uwo_coefficient,
+            head_seed=head_seed,
+        )
         super().__init__(
             model,
             metric_names=METRICS[loss],
@@ -140,6 +168,8 @@ class RewardModule(GroupModule):
         self.loss = loss
         self.head_kind = head
         self.num_members = num_members
+        self.ensemble: EnsembleKind = ensemble
+        self.bootstrap = bootstrap
         self.head_seed = head_seed
         self.aggregate: How = aggregate
         self.uwo_coefficient = uwo_coefficient
@@ -165,15 +195,13 @@ class RewardModule(GroupModule):
         return self.reward_model
 
     @override
-    def configure_model(self) -> None:
-        """Load and adapt the model; Lightning calls it inside the strategy's and precision's context, once."""
-        if "reward_model" in self._modules:
-            return
+    def build_models(self) -> None:
         (given,) = self._given
         is_linear = self.head_kind == "linear"
         model = self.made_ready(self._with_head(given) if is_linear else self.load(given) if isinstance(given, str) else given)
         if is_linear:
-            self.num_members = int(model.config.num_labels or 1)
+            if self.ensemble == "heads":
+                self.num_members = int(model.config.num_labels or 1)
             if self.aggregate != "mean" and self.num_members == 1:
                 raise ValueError(
                     f"`aggregate: {self.aggregate}` compares the members of an ensemble, but the model has one head. Set "
@@ -181,8 +209,9 @@ class RewardModule(GroupModule):
                 )
         if self.label_words is not None:
             self.head = _verbalizer(self.label_words, given)
-        adapted = None if self.lora is None else add_lora(model, self.lora, task="SEQ_CLS" if is_linear else "CAUSAL_LM")
-        self.reward_model: PreTrainedModel | PeftModel = model if adapted is None else adapted
+        self.reward_model: PreTrainedModel | PeftModel = self._adapted(model)
+        if is_quantized(self.reward_model):
+            leave_base_out(self, "reward_model")
         if self.head_kind == "implicit":
             # A frozen reference stays in eval mode on purpose; Lightning would advise against it in every run.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
@@ -195,7 +224,17 @@ class RewardModule(GroupModule):
             )
 
     def _with_head(self, model: str | PreTrainedModel) -> PreTrainedModel:
-        return build_reward_model(model, num_members=self.num_members, head_seed=self.head_seed, **asdict(self.loading))
+        options = self.loading.dense("a classifier")
+        num_heads = 1 if self.ensemble == "adapters" else self.num_members
+        return build_reward_model(model, num_members=num_heads, head_seed=self.head_seed, **options)
+
+    def _adapted(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        if self.lora is None:
+            return model
+        if self.ensemble == "adapters":
+            assert self.num_members is not None, "`check_ensemble` wants members"
+            return add_members(model, self.lora, self.num_members, head_seed=self.head_seed)
+        return add_lora(model, self.lora, task="SEQ_CLS" if self.head_kind == "linear" else "CAUSAL_LM")
 
     def scores(self, batch: GroupBatch) -> ResponseScores:
         """Scores of every response by every member, and at every token where the loss is one of steps."""
@@ -205,6 +244,9 @@ class RewardModule(GroupModule):
             rewards = self.beta * (out.logps - self.reference.logps(batch))
             return ResponseScores(rewards[None], out.lengths, out.response, None, None, out.layout)
         want: tuple[Literal["tokens"], ...] = ("tokens",) if self.loss == "step_bce" else ()
+        if self.ensemble == "adapters":
+            assert isinstance(self.reward_model, PeftModel)
+            return member_scores(self.reward_model, batch, layout=self.layout, want=want)
         return response_scores(self.reward_model, batch, layout=self.layout, want=want, head=self.head)
 
     def rewards(self, batch: GroupBatch) -> Tensor:
@@ -213,7 +255,7 @@ class RewardModule(GroupModule):
 
     @override
     def terms(self, batch: GroupBatch) -> StepTerms:
-        found = scored(self.scores(batch), batch, self.aggregate, self.uwo_coefficient)
+        found = scored(self.scores(batch), batch, self.aggregate, self.uwo_coefficient, self._drawn(batch))
         self._remember_ends(batch)
         self._publish(found)
         if not self.training:
@@ -222,6 +264,12 @@ class RewardModule(GroupModule):
             if seen is not None:
                 self.val_pairs.add(found.rewards, seen, batch)
         return self._terms_of[self.loss](found)
+
+    def _drawn(self, batch: GroupBatch) -> Tensor | None:
+        """How often each row counts for each member; in validation all count once."""
+        if not self.bootstrap or not self.training:
+            return None
+        return bootstrap_weights(batch.row_ids, self.num_members or 1, seed=self.head_seed)
 
     @property
     def _terms_of(self) -> Mapping[RewardLossName, Callable[[Scored], StepTerms]]:
@@ -313,15 +361,19 @@ class RewardModule(GroupModule):
     ) -> None:
         """Write a folder that `AutoModelForSequenceClassification` loads, with the same scores; see `export_reward_model`.
 
-        An implicit reward is a language model, and is written as one.
+        An implicit reward is a language model, and is written as one, with what makes it a reward beside it where the models
+        were given by name.
         """
         if self.head_kind == "implicit":
-            export(self.reward_model, tokenizer, folder, merge_adapter=merge)
+            export(self.whole, tokenizer, folder, merge_adapter=merge)
+            reference = self.reference_model or self._given[0]
+            if merge and isinstance(reference, str):
+                save_implicit_settings(Path(folder), ImplicitSettings(self.beta, reference))
             return
         verbalizer = self.head if isinstance(self.head, VerbalizerRewardHead) else None
         ends = None if self._final_ids is None else self._final_ids.cpu()
         export_reward_model(
-            self.reward_model, tokenizer, folder, merge_adapter=merge, member=member, verbalizer=verbalizer, final_ids=ends
+            self.whole, tokenizer, folder, merge_adapter=merge, member=member, verbalizer=verbalizer, final_ids=ends
         )
 
 

@@ -19,7 +19,7 @@ from lightning_pref.data.groups import GroupBatch, Pairs, PairSelection, select_
 from lightning_pref.functional.masked import segment_sum
 from lightning_pref.losses.ensemble import How, ensemble_reward
 from lightning_pref.losses.reward import bradley_terry, ordinal, plackett_luce, regression, step_bce
-from lightning_pref.models.reward_heads import FullPrecision
+from lightning_pref.models.full_precision import FullPrecision
 from lightning_pref.models.reward_models import ResponseScores, step_labels
 from lightning_pref.modules.objectives import Measured, StepTerms, desirable_responses
 from lightning_pref.modules.reward_choice import RewardLossName
@@ -48,6 +48,7 @@ class Scored(NamedTuple):
     out: ResponseScores
     rewards: Tensor  # [R] float32, of the members together
     batch: GroupBatch
+    bootstrap: Tensor | None = None  # [K, G], how often a row counts for a member; None: once
 
     @property
     def weights(self) -> Tensor:
@@ -55,9 +56,9 @@ class Scored(NamedTuple):
         return self.batch.weights[self.batch.group_of_response]
 
 
-def scored(out: ResponseScores, batch: GroupBatch, how: How, coefficient: float) -> Scored:
+def scored(out: ResponseScores, batch: GroupBatch, how: How, coefficient: float, bootstrap: Tensor | None = None) -> Scored:
     """A batch with its scores and their aggregate, which carries no gradient."""
-    return Scored(out, out.rewards(how, coefficient=coefficient).detach(), batch)
+    return Scored(out, out.rewards(how, coefficient=coefficient).detach(), batch, bootstrap)
 
 
 def pair_terms(
@@ -67,10 +68,12 @@ def pair_terms(
     margins = found.batch.margins
     margin = None if margins is None else margin_scale * margins[pairs.group]
     losses = _over_members(
+        found,
         found.out.members,
         lambda scores: bradley_terry(
             scores[pairs.chosen], scores[pairs.rejected], margin, center, label_smoothing=label_smoothing
         ),
+        pairs.group,
     )
     return StepTerms(losses, pairs.weights, "groups", [_of_pairs(found.rewards, pairs), *_of_responses(found)])
 
@@ -81,8 +84,10 @@ def list_terms(found: Scored, *, top_k: int | None = None) -> StepTerms:
     pairs = batch.pairs()  # raises for a row without an order
     ranks = torch.tensor([rank for own in batch.ranks for rank in own or ()], device=batch.row_ids.device)
     losses = _over_members(
+        found,
         found.out.members,
         lambda scores: plackett_luce(scores, ranks, batch.group_of_response, batch.num_groups, top_k=top_k),
+        torch.arange(batch.num_groups, device=batch.row_ids.device),
     )
     return StepTerms(losses, batch.weights, "groups", [_of_pairs(found.rewards, pairs), *_of_responses(found)])
 
@@ -90,21 +95,23 @@ def list_terms(found: Scored, *, top_k: int | None = None) -> StepTerms:
 def regression_terms(found: Scored) -> StepTerms:
     """Squared error against annotated scores."""
     targets = annotated_scores(found.batch)
-    losses = _over_members(found.out.members, lambda scores: regression(scores, targets))
+    losses = _over_members(found, found.out.members, lambda scores: regression(scores, targets), found.batch.group_of_response)
     error = Measured({"rewards/errors": (found.rewards - targets).abs()}, found.weights)
     return StepTerms(losses, found.weights, "responses", [error, *_of_ordered_pairs(found), *_of_responses(found)])
 
 
 def ordinal_terms(found: Scored, levels: Tensor, thresholds: Tensor) -> StepTerms:
     """Cumulative logits of annotated levels, [R] int64, over trained thresholds."""
-    losses = _over_members(found.out.members, lambda scores: ordinal(scores, levels, thresholds))
+    losses = _over_members(
+        found, found.out.members, lambda scores: ordinal(scores, levels, thresholds), found.batch.group_of_response
+    )
     return StepTerms(losses, found.weights, "responses", [*_of_ordered_pairs(found), *_of_responses(found)])
 
 
 def outcome_terms(found: Scored, losses: Callable[[Tensor, Tensor], Tensor]) -> StepTerms:
     """A loss of (scores, labels), [R] each, on responses that are labelled right or wrong."""
     labels = desirable_responses(found.batch)
-    terms = _over_members(found.out.members, lambda scores: losses(scores, labels))
+    terms = _over_members(found, found.out.members, lambda scores: losses(scores, labels), found.batch.group_of_response)
     measured = [*_of_labels(found.rewards, labels, found.weights), *_of_responses(found)]
     return StepTerms(terms, found.weights, "responses", measured)
 
@@ -116,7 +123,9 @@ def step_terms(found: Scored, how: How, coefficient: float) -> StepTerms:
     labels = step_labels(batch)
     is_mark = labels >= 0
     counts = segment_sum(is_mark.float(), out.response, batch.num_responses).clamp(min=1.0)
-    losses = _over_members(out.token_members, lambda scores: step_bce(scores, labels))
+    losses = _over_members(
+        found, out.token_members, lambda scores: step_bce(scores, labels), batch.group_of_response[out.response]
+    )
     by_response = segment_sum(losses, out.response, batch.num_responses) / counts
     rewards = ensemble_reward(out.token_members, how, coefficient).detach()
     weights = (found.weights / counts)[out.response] * is_mark
@@ -162,9 +171,17 @@ def ordered_pairs(batch: GroupBatch, how: PairSelection = "all") -> Pairs | None
     return Pairs(columns[0].long(), columns[1].long(), group, columns[3].float() * batch.weights[group])
 
 
-def _over_members(members: Tensor, losses: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean over the members, [K, ...], of the losses of each."""
-    return torch.stack([losses(scores) for scores in members]).mean(0)
+def _over_members(found: Scored, members: Tensor, losses: Callable[[Tensor], Tensor], group: Tensor) -> Tensor:
+    """Mean over the members, [K, ...], of the losses of each, in which a row counts as often as that member drew it.
+
+    Args:
+        found: The batch.
+        members: Scores by every member.
+        losses: From the scores by one of them.
+        group: The row that each loss belongs to.
+    """
+    of_each = torch.stack([losses(scores) for scores in members])
+    return (of_each if found.bootstrap is None else of_each * found.bootstrap[:, group]).mean(0)
 
 
 def _of_pairs(rewards: Tensor, pairs: Pairs) -> Measured:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
+from lightning_pref.domains import check_range
 from lightning_pref.functional.masked import segment_sum
 from lightning_pref.functional.moments import moment_sums
 from lightning_pref.functional.token_rewards import shape_scores
@@ -41,6 +42,7 @@ from lightning_pref.modules.rlhf_settings import (
     ValueSettings,
     changed_settings,
     check_settings,
+    check_task,
     resolve,
 )
 from lightning_pref.modules.rlhf_state import RolloutState, TokenScore
@@ -54,10 +56,12 @@ from lightning_pref.modules.rlhf_terms import (
     response_kl,
     value_terms,
 )
+from lightning_pref.modules.rlhf_validation import HeldOutMeans, held_out_kl
 from lightning_pref.modules.value import OwnTrunk, SharedTrunk, value_classifier, with_rate_factor
-from lightning_pref.observations import RewardObservation, observe
+from lightning_pref.observations import observe
 from lightning_pref.rollouts.collecting import Collected, chunks, sample_and_score
 from lightning_pref.rollouts.experience import Experience, ExperienceBatch, Task, TokenRecord
+from lightning_pref.rollouts.validation import HeldOutTask
 
 RolloutReference = Literal["auto", "copy", "adapter", "ema", "none"]
 
@@ -84,7 +88,7 @@ class RLHFModule(PolicyModule):
         log_samples_every: Rollouts between two tables of samples in TensorBoard; 0 for none.
         layout: How prompts and responses are laid out for the forward pass; `auto` picks the cheapest.
         lora: Train low-rank adapters instead of all weights.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimiser and its schedule.
         loading: How a model given by name is loaded.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         log_entropy: Also log the mean entropy of the policy on response tokens.
@@ -119,7 +123,10 @@ class RLHFModule(PolicyModule):
             "surrogate": surrogate, "kl": kl, "advantage": advantage, "value": value, "entropy_bonus": (entropy_bonus, 0.0),
             "pair_loss": (pair_loss, "sigmoid"), "beta": (beta, None), "loss_options": (loss_options, None),
         }  # fmt: skip
-        check_settings(algorithm, changed_settings(given), surrogate, kl, scores, value)
+        changed = changed_settings(given)
+        check_range("entropy_bonus", entropy_bonus)
+        check_range("log_samples_every", log_samples_every, at_least=0)
+        check_settings(algorithm, changed, surrogate, kl, scores, value)
         resolved = resolve(algorithm, surrogate, kl)
         pairs = choose_pair_loss(pair_loss, beta, loss_options or {}) if algorithm == "online_dpo" else None
         needs_reference = resolved.kl_coefficient > 0 if pairs is None else pairs.needs_reference
@@ -139,6 +146,7 @@ class RLHFModule(PolicyModule):
             log_entropy=log_entropy,
         )
         self.algorithm: Algorithm = algorithm
+        self._changed = changed
         self.settings = resolved
         self.advantage = advantage
         self.value_settings = value
@@ -163,15 +171,14 @@ class RLHFModule(PolicyModule):
         self.token_score = TokenScore(layout)
         self.value: OwnTrunk | SharedTrunk | None = None
         self.rollout_means = RolloutMeans(has_values=algorithm == "ppo")
+        self.held_out_means = HeldOutMeans()
         self._num_rollouts = 0  # since the last report
 
     @override
-    def configure_model(self) -> None:
-        if "policy" in self._modules:
-            return
+    def build_models(self) -> None:
         # Before the policy takes a model object over and adapts it.
         value = self._built_value() if self.algorithm == "ppo" else None
-        super().configure_model()
+        super().build_models()
         # A frozen reference stays in eval mode on purpose; Lightning would advise against it in every run.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
         self.reference = resolve_reference(
@@ -214,15 +221,20 @@ class RLHFModule(PolicyModule):
 
     def collect(self, task: Task) -> Experience:
         """One rollout: sample, score, and work out what the updates on it need. Every rank is called, equally often."""
-        self._check_task(task)
+        return self.run_whole(lambda: self._collect(task))
+
+    def _collect(self, task: Task) -> Experience:
+        check_task(self.algorithm, self.advantage, self._changed, task)
         self.token_score.temperature = task.instruments.sampling.temperature
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             found = sample_and_score(self.policy, task)
             scores = self._shaped(found)
             self._report(found, task)
             if self.pairs is not None:
+                self._publish(found, task)
                 return self._pair_experience(found, scores, task)
             tokens = self._remember(found.answers.groups, found.sampled_logps, task)
+            self._publish(found, task, tokens.ref_logps)
             needs_kl = self._kl_in_reward or self.is_adaptive
             kl = _log_ratios(tokens) if needs_kl else None
             evidence = Evidence(
@@ -247,23 +259,6 @@ class RLHFModule(PolicyModule):
     @property
     def _kl_in_reward(self) -> bool:
         return self.settings.kl_place == "reward" and self.settings.kl_coefficient > 0
-
-    def _check_task(self, task: Task) -> None:
-        if self.algorithm in ("rloo", "grpo", "online_dpo") and task.num_samples < 2:
-            raise ValueError(
-                f"{self.algorithm!r} compares the responses to one prompt, but `num_samples` is {task.num_samples}. Sample two "
-                "or more, or choose 'ppo' or 'reinforce_pp'."
-            )
-        if self.advantage.group_baseline and task.num_samples < 2:
-            raise ValueError(
-                "`advantage.group_baseline` is a mean over a prompt's responses, but `num_samples` is 1; sample more."
-            )
-        if self.pairs is not None and len(task.prompts) < task.plan.num_parts:
-            raise ValueError(
-                f"A rollout of {len(task.prompts)} prompts on each rank makes as many pairs, which cannot be cut into "
-                f"{task.plan.num_parts} micro-batches. Raise `num_prompts`, or lower `num_minibatches` or "
-                "`accumulate_grad_batches`."
-            )
 
     def _shaped(self, found: Collected) -> Tensor:
         """Scores as the policy is to see them, [R]; `nan` for what counts nowhere."""
@@ -313,7 +308,9 @@ class RLHFModule(PolicyModule):
         sizes = found.lengths.tolist()
         spans = [torch.arange(ends[r] - sizes[r], ends[r]) for r in made.places]
         sampled = found.sampled_logps[torch.cat(spans).to(found.sampled_logps.device)]
-        weights = torch.tensor([group.weight for group in made.groups for _ in group.responses])
+        # Of a dtype of its own: half precision makes its own the default while experience is collected.
+        of_responses = [group.weight for group in made.groups for _ in group.responses]
+        weights = torch.tensor(of_responses, dtype=torch.float32)
         return Experience(
             groups=made.groups,
             tokens=self._remember(made.groups, sampled, task),
@@ -367,22 +364,32 @@ class RLHFModule(PolicyModule):
         )
 
     def _report(self, found: Collected, task: Task) -> None:
-        """Tell callbacks and loggers of a rollout."""
+        """Tell loggers of a rollout."""
         self.rollout_means.add(found)
         self._num_rollouts += 1
-        real = len(found.rewards) - task.num_fillers * task.num_samples
-        if real:
-            observe(
-                self,
-                RewardObservation(
-                    rewards=found.rewards[:real],
-                    prompt_ids=found.row_of_response[:real],
-                    lengths=found.lengths[:real],
-                    gold=None if found.gold is None else found.gold[:real],
-                ),
-            )
         if self.log_samples_every and task.number % self.log_samples_every == 0 and self.trainer.is_global_zero:
             show_samples(found, task, self.trainer.loggers, self.trainer.global_step)
+
+    def _publish(self, found: Collected, task: Task, ref_logps: Tensor | None = None) -> None:
+        """Tell callbacks of a rollout; prompts that only fill a batch are left out."""
+        observation = found.observation(task.num_fillers * task.num_samples, ref_logps)
+        if observation is not None:
+            observe(self, observation)
+
+    @override
+    def validation_step(self, batch: HeldOutTask, batch_idx: int) -> None:  # type: ignore[override]  # prompts, not rows
+        task = batch.task
+        self.token_score.temperature = task.instruments.sampling.temperature
+        found = sample_and_score(self.policy, task)
+        kl = held_out_kl(found, self.policy_logps, self.reference, temperature=self.token_score.temperature)
+        self.held_out_means.add_validation(found, task, kl)
+        if task.num_samples > 1:  # one response to a prompt tells callbacks of rewards nothing
+            self._publish(found, task)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        # They are the same on every rank already; without `sync_dist` Lightning would advise it in every run.
+        self.log_dict(self.held_out_means.held_out_report(), sync_dist=True)
 
     @override
     def _flush(self, means: WeightedMeans) -> dict[str, Tensor]:
@@ -392,6 +399,16 @@ class RLHFModule(PolicyModule):
         self._num_rollouts = 0
         values |= self.rollout_means.report()
         return values | {"kl_coefficient": self.state.kl_coefficient.clone()} if self.is_adaptive else values
+
+    @override
+    def rank_state(self) -> dict[str, Any]:
+        return super().rank_state() | {"rollout_means": self.rollout_means.partial(), "num_rollouts": self._num_rollouts}
+
+    @override
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        super().load_rank_state(state)
+        self.rollout_means.take_up(state["rollout_means"])
+        self._num_rollouts = int(state["num_rollouts"])
 
     @override
     def after_update(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from lightning_pref.escaping import in_markdown
 from lightning_pref.functional.advantages import has_equal_group
 from lightning_pref.functional.moments import Moments
 from lightning_pref.measures.means import WeightedMeans
@@ -16,6 +17,8 @@ from lightning_pref.rollouts.collecting import Collected
 from lightning_pref.rollouts.experience import Task
 
 GOLD = "reward/gold"
+UNCERTAINTY = "reward/uncertainty"
+ZERO_SHARE = "reward/zero_share"
 _SQUARE = "reward/square"
 _OF_VALUES = ("value/return", "value/return_square", "value/error", "value/error_square")
 _SHOWN_PROMPTS = 4
@@ -24,16 +27,17 @@ _SHOWN_PROMPTS = 4
 class RolloutMeans(WeightedMeans):
     """Means over the responses, or tokens, of the rollouts since the last report, over all ranks."""
 
-    def __init__(self, *, has_gold: bool = True, has_values: bool = False) -> None:
-        names = ["reward/mean", _SQUARE, "reward/zero_share", "reward/not_finite", "response/length", "response/ended_share"]
-        super().__init__([*names, *([GOLD] if has_gold else []), *(_OF_VALUES if has_values else ())])
+    def __init__(self, *, has_values: bool = False, more: Sequence[str] = ()) -> None:
+        names = ["reward/mean", _SQUARE, ZERO_SHARE, "reward/not_finite", "response/length", "response/ended_share"]
+        self._sometimes = (GOLD, UNCERTAINTY, *more)
+        super().__init__([*names, *self._sometimes, *(_OF_VALUES if has_values else ())])
         self.has_values = has_values
 
     def add(self, found: Collected) -> None:
         """Count the responses of a rollout of this rank."""
         finite = found.rewards.isfinite()
         known = torch.where(finite, found.rewards, 0.0)
-        of_rewards = {"reward/mean": known, _SQUARE: known.double().square(), "reward/zero_share": has_equal(found)}
+        of_rewards = {"reward/mean": known, _SQUARE: known.double().square(), ZERO_SHARE: has_equal(found)}
         self.update(of_rewards, found.weights * finite)
         of_all = {
             "reward/not_finite": (~finite).float(),
@@ -43,6 +47,8 @@ class RolloutMeans(WeightedMeans):
         self.update(of_all, found.weights)
         if found.gold is not None:
             self.update({GOLD: found.gold}, found.weights * found.gold.isfinite())
+        if found.uncertainty is not None:
+            self.update({UNCERTAINTY: found.uncertainty}, found.weights * found.uncertainty.isfinite())
 
     def add_values(self, values: Tensor, returns: Tensor, weights: Tensor) -> None:
         """Count the values of the tokens of a rollout, and what they were to foretell; [N] each."""
@@ -56,8 +62,9 @@ class RolloutMeans(WeightedMeans):
         means = self.compute()
         one = torch.ones_like(means["reward/mean"])
         values = {name: value for name, value in means.items() if name != _SQUARE and name not in _OF_VALUES}
-        if GOLD in values and self.weights[self.names.index(GOLD)] == 0:
-            del values[GOLD]
+        for name in self._sometimes:
+            if values[name].isnan():  # nobody counted anything
+                del values[name]
         values["reward/std"] = Moments(one, means["reward/mean"], means[_SQUARE]).var(0).sqrt()
         if self.has_values:
             returned, squared, missed, missed_squared = (means[name] for name in _OF_VALUES)
@@ -88,9 +95,5 @@ def sample_table(found: Collected, task: Task) -> str:
         asked = prompt.text if isinstance(prompt.text, str) else " / ".join(str(m.get("content", "")) for m in prompt.text)
         order = sorted(range(len(texts)), key=lambda i: -scores[i])
         shown = dict.fromkeys((order[0], order[-1]))
-        lines += [f"| {_cell(asked)} | {_cell(texts[i])} | {scores[i]:.3f} |" for i in shown]
+        lines += [f"| {in_markdown(asked)} | {in_markdown(texts[i])} | {scores[i]:.3f} |" for i in shown]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

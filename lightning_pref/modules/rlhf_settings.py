@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
+from lightning_pref.domains import check_range
 from lightning_pref.functional.advantages import Scale
 from lightning_pref.functional.kl_control import AdaptiveKL, FixedKL, KLController
 from lightning_pref.functional.logprobs import KLEstimator
 from lightning_pref.functional.masked import Aggregation
+from lightning_pref.rollouts.experience import Task
 
 Algorithm = Literal["ppo", "rloo", "grpo", "reinforce_pp", "online_dpo"]
 Ratio = Literal["token", "sequence_mean", "sequence_sum"]
@@ -92,6 +95,10 @@ class AdvantageSettings:
     whiten: bool = True
     group_baseline: bool = False
 
+    def __post_init__(self) -> None:
+        check_range("advantage.gamma", self.gamma, at_least=0, at_most=1)
+        check_range("advantage.lam", self.lam, at_least=0, at_most=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSettings:
@@ -151,6 +158,9 @@ AGGREGATIONS: Mapping[Algorithm, Aggregation] = {
     "online_dpo": "token_mean",
 }
 GRADIENTS: tuple[Algorithm, ...] = ("ppo", "rloo", "grpo", "reinforce_pp")
+
+# Settings that act on a policy, or a value, that has moved since it sampled.
+OF_RATIOS = ("surrogate.clip_low", "surrogate.clip_high", "surrogate.dual_clip", "surrogate.max_weight", "value.clip")
 
 # Settings that act under some algorithms only, by group and name.
 OF_ALGORITHMS: Mapping[str, tuple[Algorithm, ...]] = {
@@ -229,9 +239,13 @@ def check_settings(
         raise ValueError("`scores.shift_mean` acts on `scores.normalize` only, which is off; leave it out.")
     if scores.missing_eos_score is not None and scores.missing_eos_penalty is not None:
         raise ValueError("Give `missing_eos_score`, which replaces, or `missing_eos_penalty`, which is subtracted, not both.")
+    check_range("scores.clip", scores.clip, above=0)
+    check_range("scores.missing_eos_score", scores.missing_eos_score)
+    check_range("scores.missing_eos_penalty", scores.missing_eos_penalty, above=0)
+    check_range("value.clip", value.clip, above=0)
     if value.trunk == "shared" and value.model is not None:
         raise ValueError("`value.model` starts a trunk of the value model's own, but `value.trunk` is 'shared'; leave one out.")
-    if not value.rate_factor > 0 or not value.coefficient > 0:
+    if not 0 < value.rate_factor < math.inf or not 0 < value.coefficient < math.inf:
         raise ValueError(
             f"`value.coefficient` and `value.rate_factor` must be positive, got {value.coefficient!r} and {value.rate_factor!r}."
         )
@@ -255,7 +269,7 @@ def _check_surrogate(algorithm: Algorithm, changed: list[str], surrogate: Surrog
             f"`surrogate.clip_low` must be in (0, 1] and `surrogate.clip_high` positive, got {surrogate.clip_low!r} and "
             f"{surrogate.clip_high!r}."
         )
-    if surrogate.dual_clip is not None and not surrogate.dual_clip > 1:
+    if surrogate.dual_clip is not None and not 1 < surrogate.dual_clip < math.inf:
         raise ValueError(f"`surrogate.dual_clip` must be above 1, got {surrogate.dual_clip!r}.")
     if not surrogate.max_weight >= 1:
         raise ValueError(f"`surrogate.max_weight` must be at least 1, got {surrogate.max_weight!r}.")
@@ -265,6 +279,9 @@ def _check_kl(algorithm: Algorithm, changed: list[str], surrogate: SurrogateSett
     resolved = resolve(algorithm, surrogate, kl)
     if resolved.kl_coefficient < 0:
         raise ValueError(f"`kl.coefficient` must not be negative, got {resolved.kl_coefficient!r}.")
+    check_range("kl.coefficient", resolved.kl_coefficient)
+    check_range("kl.target", kl.target, above=0)
+    check_range("kl.horizon", kl.horizon, above=0)
     for name in ("kl.estimator", "kl.gradient"):
         if name in changed and resolved.kl_place != "loss":
             raise ValueError(
@@ -280,6 +297,47 @@ def _check_kl(algorithm: Algorithm, changed: list[str], surrogate: SurrogateSett
         raise ValueError(f"`{useless[0]}` has no effect with `kl.coefficient: 0`; leave one of them out.")
     if kl.gradient == "own" and kl.estimator == "k1":
         raise ValueError("The gradient of 'k1' is zero on average: use `kl.gradient: kl`, or put the KL into the reward.")
+
+
+def check_task(algorithm: Algorithm, advantage: AdvantageSettings, changed: list[str], task: Task) -> None:
+    """Raise for a rollout that an algorithm cannot be trained on, or that leaves a setting without effect.
+
+    Args:
+        algorithm: Its name.
+        advantage: How much better than expected.
+        changed: The settings that are not at their defaults.
+        task: What is to be collected.
+    """
+    if algorithm in ("rloo", "grpo", "online_dpo") and task.num_samples < 2:
+        raise ValueError(
+            f"{algorithm!r} compares the responses to one prompt, but `num_samples` is {task.num_samples}. Sample two "
+            "or more, or choose 'ppo' or 'reinforce_pp'."
+        )
+    if advantage.group_baseline and task.num_samples < 2:
+        raise ValueError("`advantage.group_baseline` is a mean over a prompt's responses, but `num_samples` is 1; sample more.")
+    if algorithm == "online_dpo" and len(task.prompts) < task.plan.num_parts:
+        raise ValueError(
+            f"A rollout of {len(task.prompts)} prompts on each rank makes as many pairs, which cannot be cut into "
+            f"{task.plan.num_parts} micro-batches. Raise `num_prompts`, or lower `num_minibatches` or "
+            "`accumulate_grad_batches`."
+        )
+    check_clipping(changed, task.plan.num_updates)
+
+
+def check_clipping(changed: list[str], num_updates: int) -> None:
+    """Raise for a bound on ratios that are always 1.
+
+    Args:
+        changed: The settings that are not at their defaults.
+        num_updates: Updates that are made on one rollout.
+    """
+    useless = [name for name in changed if name in OF_RATIOS]
+    if useless and num_updates == 1:
+        raise ValueError(
+            f"`{useless[0]}` bounds how far the policy may move while it is trained on one rollout, but a rollout makes one "
+            "update, before which the ratio is 1: it has no effect. Raise `data.inner_epochs` or `data.num_minibatches`, or "
+            "leave it out."
+        )
 
 
 def _or(names: tuple[str, ...]) -> str:

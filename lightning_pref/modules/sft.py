@@ -24,7 +24,7 @@ class SFTModule(PolicyModule):
         normalize: `token`: every response token of an update weighs the same; `sequence`: every response does.
         layout: How prompts and responses are laid out for the forward pass; `auto` picks the cheapest.
         lora: Train low-rank adapters instead of all weights.
-        optimizer: AdamW and its schedule.
+        optimizer: The optimiser and its schedule.
         loading: How a model given by name is loaded.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         log_entropy: Also log the mean entropy of the policy on response tokens.

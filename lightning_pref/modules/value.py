@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch
@@ -18,7 +18,8 @@ from lightning_pref.models.heads import causal_lm_of
 from lightning_pref.models.layouts import plan_layout
 from lightning_pref.models.presets import is_preset
 from lightning_pref.models.reward_heads import LinearRewardHead, RewardHead
-from lightning_pref.models.reward_models import CLASSIFIER, build_reward_model
+from lightning_pref.models.reward_models import build_reward_model, is_classifier
+from lightning_pref.models.sharding import within_forward
 from lightning_pref.modules.group_module import Loading
 
 
@@ -38,11 +39,14 @@ class OwnTrunk(nn.Module):
     @override
     def forward(self, batch: GroupBatch, policy: ResponseLogps | None) -> Tensor:  # one shape for both kinds
         """Value of the state that each response token was chosen in, [N] float32."""
+        return within_forward(self.model, lambda: self._values(batch))[:, 0]
+
+    def _values(self, batch: GroupBatch) -> Tensor:
         head = LinearRewardHead()
         trunk = head.trunk(self.model)
         placed = place_batch(trunk, batch, self.layout, name=type(causal_lm_of(self.model)).__name__)
         plan = plan_layout(batch, placed).to(batch.input_ids.device)
-        return head.scores(self.model, predicting_hidden(trunk, batch, plan))[:, 0]
+        return head.scores(self.model, predicting_hidden(trunk, batch, plan))
 
 
 class SharedTrunk(nn.Module):
@@ -61,7 +65,8 @@ class SharedTrunk(nn.Module):
         """Value of the state that each response token was chosen in, [N] float32."""
         assert policy is not None and policy.hidden is not None, "the module asks the forward for it"
         values: Tensor = self.head(policy.hidden)
-        return values[:, 0].float()
+        # Where the weights are split, hooks hang on what this returns, and views are not for them.
+        return values[:, 0].float().clone()
 
 
 def value_classifier(model: str | PreTrainedModel, loading: Loading) -> PreTrainedModel:
@@ -74,16 +79,12 @@ def value_classifier(model: str | PreTrainedModel, loading: Loading) -> PreTrain
         loading: How a model given by name is loaded.
     """
     source = model if isinstance(model, str) else copy.deepcopy(model)
-    had_head = isinstance(source, str) and not is_preset(source) and is_classifier(source, loading)
-    built = build_reward_model(
-        source,
-        num_members=1,
-        dtype=loading.dtype,
-        attn_implementation=loading.attn_implementation,
-        trust_remote_code=loading.trust_remote_code,
-        revision=loading.revision,
-        seed=loading.seed,
+    had_head = (
+        isinstance(source, str)
+        and not is_preset(source)
+        and is_classifier(source, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
     )
+    built = build_reward_model(source, num_members=1, **loading.dense("a value function with a trunk of its own"))
     head = built.score
     assert isinstance(head, nn.Linear)
     if not had_head:
@@ -99,9 +100,3 @@ def with_rate_factor(optimizer: Optimizer, value: nn.Module, factor: float) -> N
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         rates: dict[str, float] = {name: factor * group[name] for name in ("lr", "initial_lr") if name in group}
         optimizer.add_param_group({**group, **rates, "params": moved})
-
-
-def is_classifier(name: str, loading: Loading) -> bool:
-    """Whether a checkpoint was saved from a sequence classifier."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code, revision=loading.revision)
-    return any(kind.endswith(CLASSIFIER) for kind in config.architectures or [])

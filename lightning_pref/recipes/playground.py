@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -10,33 +10,55 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from lightning_pref.callbacks import GoldReward
-from lightning_pref.cli import trains_on_playground
+from lightning_pref.cli import RunResult, trains_on_playground
 from lightning_pref.data.playground import gold_reward, playground_rows
 from lightning_pref.models.backbones import load_tokenizer
 from lightning_pref.models.generation import sample_responses
 from lightning_pref.models.presets import is_preset
 from lightning_pref.modules.policy import PolicyModule
+from lightning_pref.run_folder import is_first_process, processes_from_outside
 
 NUM_PROMPTS = 64
 MAX_NEW_TOKENS = 48
 
 
+def earlier_stage(main: Callable[[list[str]], RunResult], recipe: str, config: Namespace, folder: Path, flags: list[str]) -> str:
+    """Run what a run starts from as a run of its own, `<root>/<recipe>/for-<run's recipe>-<run's name>`; the model it leaves.
+
+    Args:
+        main: Of the earlier recipe.
+        recipe: Its name.
+        config: Of the later run.
+        folder: Of the later run.
+        flags: Further flags of the earlier run.
+    """
+    if (processes := processes_from_outside()) > 1:
+        raise ValueError(
+            f"A run on the playground begins with a first stage, `{recipe}`, which is the work of one process, and this run was "
+            f"started as {processes}. Run `python -m lightning_pref.recipes.{folder.parent.name}` once without them; then give "
+            "what its first stages leave: `--model.model` is `sft/<run>/export` below the run root (for rlhf, `--data.reward` is "
+            "`reward/<run>/export`)."
+        )
+    own = Path(config.run.root) / recipe / f"for-{folder.parent.name}-{folder.name}"
+    resumes = config.run.resume is not None
+    # A run that goes on has this behind it, unless it was interrupted here; the summary is what a run writes last. Processes
+    # that Lightning starts for further devices begin when the first one has done this.
+    if is_first_process() and not (resumes and (own / "summary.json").exists()):
+        places = [f"--run.root={config.run.root}", f"--run.name={own.name}", f"--seed_everything={config.seed_everything}"]
+        # On one device: Lightning would start processes for the others here, which would take themselves for the later run's.
+        main([*flags, *places, "--trainer.devices=1", *(["--run.resume=auto"] if resumes else [])])
+    return str(own / "export")
+
+
 def fine_tune_first(config: Namespace, folder: Path) -> None:
-    """Replace a random preset by itself after the `sft` recipe, a run of its own in `<root>/sft/for-<recipe>-<name>`."""
+    """Replace a random preset by itself after the `sft` recipe."""
     from lightning_pref.recipes import sft
 
     preset = str(config.model.model)
-    if not is_preset(preset):
-        return
-    name = f"for-{folder.parent.name}-{folder.name}"
-    export = Path(config.run.root) / sft.RECIPE.name / name / "export"
-    # A run that is resumed has its first stage behind it.
-    if config.run.resume is None or not export.exists():
-        seed = f"--seed_everything={config.seed_everything}"
-        args = [f"--run.root={config.run.root}", f"--run.name={name}", f"--model.model={preset}", seed]
-        cache_dir = config.data.cache_dir
-        sft.main([*args, *([f"--data.cache_dir={cache_dir}"] if cache_dir is not None else [])])
-    config.model.model = str(export)
+    if is_preset(preset):
+        cache_dir = config.data.get("cache_dir")  # prompts alone are not cached
+        cached = [] if cache_dir is None else [f"--data.cache_dir={cache_dir}"]
+        config.model.model = earlier_stage(sft.main, sft.RECIPE.name, config, folder, [f"--model.model={preset}", *cached])
 
 
 def gold_reward_callbacks(config: Namespace) -> list[Callback]:

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
+from lightning_pref.functional.masked import segment_sum
+from lightning_pref.observations import RewardObservation
 from lightning_pref.rollouts.experience import Task
-from lightning_pref.rollouts.rewards import Answers
+from lightning_pref.rollouts.rewards import Answers, judged
 
 
 class Collected(NamedTuple):
@@ -24,6 +26,7 @@ class Collected(NamedTuple):
     sampled_logps: Tensor  # [N] float32
     rewards: Tensor  # [R] float32, `nan` where a reward could not be told
     gold: Tensor | None  # [R] float32
+    uncertainty: Tensor | None  # [R] float32, of the rewards, where an ensemble gave them
     ended: Tensor  # [R] bool
     lengths: Tensor  # [R] int64
     row_of_response: Tensor  # [R] int64, row ids of the prompts
@@ -34,6 +37,26 @@ class Collected(NamedTuple):
         """Index of the response of each token, [N]."""
         index = torch.arange(len(self.lengths), device=self.lengths.device)
         return index.repeat_interleave(self.lengths, output_size=len(self.sampled_logps))
+
+    def observation(self, num_fillers: int, ref_logps: Tensor | None) -> RewardObservation | None:
+        """What callbacks are told; `None` where nothing counts.
+
+        Args:
+            num_fillers: Responses at the end that count nowhere.
+            ref_logps: Of each token under the reference, [N] nats.
+        """
+        real = len(self.rewards) - num_fillers
+        if not real:
+            return None
+        kl = None if ref_logps is None else segment_sum(self.sampled_logps - ref_logps, self.response, len(self.rewards))[:real]
+        return RewardObservation(
+            rewards=self.rewards[:real],
+            prompt_ids=self.row_of_response[:real],
+            lengths=self.lengths[:real],
+            gold=None if self.gold is None else self.gold[:real],
+            uncertainty=None if self.uncertainty is None else self.uncertainty[:real],
+            kl=kl,
+        )
 
 
 def sample_and_score(model: PreTrainedModel | PeftModel, task: Task) -> Collected:
@@ -62,12 +85,15 @@ def sample_and_score(model: PreTrainedModel | PeftModel, task: Task) -> Collecte
     def on_device(values: list[float] | list[int] | list[bool], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
+    verdict = judged(tools.reward, answers)
+    spread = verdict.uncertainty
     logps = np.concatenate([logps for found in sampled for logps in found.token_logps])
     return Collected(
         answers=answers,
         sampled_logps=torch.from_numpy(logps).to(device),
-        rewards=checked_rewards(tools.reward(answers), answers).to(device),
+        rewards=checked_rewards(verdict.rewards, answers).to(device),
         gold=None if tools.gold is None else checked_rewards(tools.gold(answers), answers).to(device),
+        uncertainty=None if spread is None else checked_rewards(spread, answers).to(device),
         ended=on_device([ended for found in sampled for ended in found.ended], torch.bool),
         lengths=on_device([len(ids) for group in groups for ids in group.responses], torch.int64),
         row_of_response=on_device([group.row_id for group in groups for _ in group.responses], torch.int64),

@@ -113,7 +113,7 @@ class PilafSampler(Sampler):
         return SampledPairs([pairs[number] for number in range(len(prompts))], branches, kl_plus, kl_minus)
 
     def _coefficients(self, num_pairs: int, device: torch.device) -> Tensor:
-        return torch.tensor([self.beta, -self.beta] * num_pairs, device=device)
+        return torch.tensor([self.beta, -self.beta] * num_pairs, dtype=torch.float32, device=device)
 
 
 class Tilted(Speaker):
@@ -186,7 +186,7 @@ def mixed_logits(policy: Tensor, reference: Tensor, coefficient: Tensor | float)
     ruled_out = torch.isneginf(own) | torch.isneginf(other)
     # Masked before the difference is taken, which would be inf - inf.
     difference = torch.where(ruled_out, 0.0, own) - torch.where(ruled_out, 0.0, other)
-    coefficient = torch.as_tensor(coefficient, device=own.device)
+    coefficient = torch.as_tensor(coefficient, dtype=own.dtype, device=own.device)
     mixed = torch.where(ruled_out, -torch.inf, own + coefficient * difference)
     return torch.where(coefficient == 0, own, mixed)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def processed_logps(
         scores = scores.masked_fill(torch.zeros_like(enough).scatter_(-1, order, enough), -torch.inf)
     if min_p > 0.0:
         logps = scores.log_softmax(-1)
-        floor = logps.max(-1, keepdim=True).values + torch.log(torch.tensor(min_p, device=logps.device))
+        floor = logps.max(-1, keepdim=True).values + math.log(min_p)
         scores = scores.masked_fill(logps < floor, -torch.inf)
     return scores.log_softmax(-1)
 

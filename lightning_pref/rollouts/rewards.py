@@ -5,7 +5,8 @@
 | `playground:gold`, `playground:length`, `playground:proxy` | rewards of the playground; `proxy` has the flaw of the data |
 | `module:function` | a Python function of (prompt, response), and of columns of the row by their names |
 | a folder or hub id | a sequence classifier of transformers with one label, or one per member of an ensemble |
-| a list of folders | an ensemble of reward models |
+| a list of folders, or the export of an ensemble of adapters | an ensemble of reward models |
+| a folder with the export of an implicit reward | beta times the log-ratio of that language model to its reference |
 | `{name: weight}` | the weighted sum of any of the above |
 """
 
@@ -17,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
@@ -30,9 +31,12 @@ from lightning_pref.data.playground_reward import Flaw, Text
 from lightning_pref.data.playground_source import is_playground
 from lightning_pref.data.rows import Row
 from lightning_pref.data.templates import Tokenization
-from lightning_pref.losses.ensemble import How, ensemble_reward
-from lightning_pref.models.backbones import Dtype, check_vocabulary, evaluating, load_tokenizer
-from lightning_pref.models.reward_models import build_reward_model, response_scores
+from lightning_pref.domains import check_range
+from lightning_pref.losses.ensemble import How, ensemble_reward, ensemble_variance, standardized_members
+from lightning_pref.models.backbones import Dtype, _explaining, check_vocabulary, evaluating, load_tokenizer
+from lightning_pref.models.implicit_rewards import ImplicitReward, implicit_settings
+from lightning_pref.models.reward_members import member_folders
+from lightning_pref.models.reward_models import ScoreScale, build_reward_model, has_linear_head, is_classifier, response_scores
 from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
 from lightning_pref.rollouts.prompts import Prompt
 
@@ -67,6 +71,27 @@ class Reward(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Move what has weights to a device."""
+
+
+class Judged(NamedTuple):
+    """Rewards, and how far those who gave them disagree; [P * K] each."""
+
+    rewards: Tensor
+    uncertainty: Tensor | None  # standard deviation between the members of an ensemble, in the unit of the rewards
+
+
+@runtime_checkable
+class EnsembleReward(Reward, Protocol):
+    """A reward that can tell how certain it is."""
+
+    def judged(self, answers: Answers) -> Judged:
+        """Rewards of the responses with their uncertainty, where there is one."""
+        ...
+
+
+def judged(reward: Reward, answers: Answers) -> Judged:
+    """Rewards of the responses, with their uncertainty where several members gave them."""
+    return reward.judged(answers) if isinstance(reward, EnsembleReward) else Judged(reward(answers), None)
 
 
 @dataclass(frozen=True)
@@ -107,8 +132,12 @@ class FunctionReward:
 class ModelReward:
     """Reward models on the policy's own tokens where the tokenizers agree, else on the text.
 
+    Members whose scale on validation data is known (see `ScoreScale`) are standardised before they are compared, and the result
+    is put into their mean unit again: a zero of its own makes no member the worst case, and none uncertain.
+
     Args:
-        models: Sequence classifiers; the labels of one and the models of several are members of one ensemble.
+        models: Sequence classifiers, or implicit rewards; the labels of one and the models of several are members of one
+            ensemble.
         tokenizer: Of the reward models; `None` where it is that of the policy.
         how: How the members' scores become one reward.
         coefficient: Weight of the variance in `uwo`.
@@ -117,7 +146,7 @@ class ModelReward:
 
     def __init__(
         self,
-        models: Sequence[PreTrainedModel],
+        models: Sequence[PreTrainedModel | ImplicitReward],
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         how: How = "mean",
@@ -132,24 +161,45 @@ class ModelReward:
         for model in self.models:
             model.train(False)
             model.requires_grad_(False)
+        self.scale = _scale_of(self.models)
 
     def __call__(self, answers: Answers) -> Tensor:
+        return self.judged(answers).rewards
+
+    def judged(self, answers: Answers) -> Judged:
+        """Rewards of the responses, and the standard deviation between the members where there are several."""
         groups = answers.groups if self.tokenizer is None else _retokenized(self.tokenizer, answers)
         members = torch.cat([self._scores(model, groups) for model in self.models])
-        return ensemble_reward(members, self.how, self.coefficient)
+        if len(members) == 1:
+            return Judged(members[0], None)
+        if self.scale is not None:
+            mean, std = (values.to(members) for values in self.scale)
+            members = standardized_members(members, mean, std) * std.mean() + mean.mean()
+        return Judged(ensemble_reward(members, self.how, self.coefficient), ensemble_variance(members).sqrt())
 
     def to(self, device: torch.device) -> None:
         for model in self.models:
             model.to(device)  # type: ignore[arg-type]  # transformers wraps the method of torch
 
-    def _scores(self, model: PreTrainedModel, groups: Sequence[PromptGroup]) -> Tensor:
+    def _scores(self, model: PreTrainedModel | ImplicitReward, groups: Sequence[PromptGroup]) -> Tensor:
         """Scores by the members that one model holds, [K, R]."""
-        if not _reads_tokens(model):
+        if isinstance(model, PreTrainedModel) and not has_linear_head(model):
             sequences = [[*group.prompt.tolist(), *ids.tolist()] for group in groups for ids in group.responses]
             return sequence_scores(model, sequences, batch_size=self.batch_size)[None].to(model.device)
         with evaluating(model):
             batches = [GroupBatch.from_groups(some).to(model.device) for some in _in_batches(groups, self.batch_size)]
+            if isinstance(model, ImplicitReward):
+                return torch.cat([model(batch) for batch in batches])[None]
             return torch.cat([response_scores(model, batch).members for batch in batches], dim=1)
+
+
+def _scale_of(models: Sequence[PreTrainedModel | ImplicitReward]) -> ScoreScale | None:
+    """The scales of all members; `None` where that of one is not known."""
+    scales = [ScoreScale.recall(model.config) for model in models if isinstance(model, PreTrainedModel)]
+    known = [scale for scale in scales if scale is not None]
+    if len(known) < len(models):
+        return None
+    return ScoreScale(torch.cat([scale.mean for scale in known]), torch.cat([scale.std for scale in known]))
 
 
 @dataclass(frozen=True)
@@ -159,7 +209,14 @@ class WeightedSum:
     terms: Sequence[tuple[float, Reward]]
 
     def __call__(self, answers: Answers) -> Tensor:
-        return torch.stack([weight * term(answers).float().cpu() for weight, term in self.terms if weight]).sum(0)
+        return self.judged(answers).rewards
+
+    def judged(self, answers: Answers) -> Judged:
+        """The sum, and the uncertainty of those terms that have one, taken as independent of each other."""
+        found = [(weight, judged(term, answers)) for weight, term in self.terms if weight]
+        rewards = torch.stack([weight * own.rewards.float().cpu() for weight, own in found]).sum(0)
+        spreads = [weight * own.uncertainty.float().cpu() for weight, own in found if own.uncertainty is not None]
+        return Judged(rewards, torch.stack(spreads).square().sum(0).sqrt() if spreads else None)
 
     def to(self, device: torch.device) -> None:
         for _, term in self.terms:
@@ -187,16 +244,16 @@ def load_reward(
         dtype: Of the weights of reward models.
         batch_size: Most responses of one forward pass of a reward model.
     """
+    check_reward(spec)
     if isinstance(spec, Mapping):
-        if not any(spec.values()):
-            raise ValueError(f"The weighted reward {spec!r} has no term with a weight other than 0.")
         terms = [
             (float(weight), load_reward(name, tokenization, how=how, flaw=flaw, dtype=dtype, batch_size=batch_size))
             for name, weight in spec.items()
             if weight
         ]
         return WeightedSum(terms)
-    names = [spec] if isinstance(spec, str) else list(spec)
+    given = [spec] if isinstance(spec, str) else list(spec)
+    names = [member for name in given for member in member_folders(name)]
     functions = [function_named(name, flaw) for name in names]
     if len(functions) == 1 and functions[0] is not None:
         return FunctionReward(names[0], functions[0])
@@ -210,16 +267,26 @@ def load_reward(
     if len(set(keys)) > 1:
         raise ValueError(f"The reward models {', '.join(names)} have different tokenizers; an ensemble needs one.")
     own = None if keys[0] == tokenization.digest() else tokenizers[0]
-    models = [_load_classifier(name, dtype) for name in names]
+    models = [_load_model(name, dtype) for name in names]
     for model, its in zip(models, tokenizers, strict=True):
-        check_vocabulary(model, its)
-    num_members = sum(model.config.num_labels or 1 for model in models)
+        check_vocabulary(model.model if isinstance(model, ImplicitReward) else model, its)
+    num_members = sum(1 if isinstance(model, ImplicitReward) else model.config.num_labels or 1 for model in models)
     if how != "mean" and num_members == 1:
         raise ValueError(
             f"`aggregate: {how}` compares the members of an ensemble, but {names[0]!r} has one. Give a list of reward models or "
             "one with several heads, or leave `aggregate` out."
         )
     return ModelReward(models, own, how=how, coefficient=coefficient, batch_size=batch_size)
+
+
+def check_reward(spec: RewardSpec | None) -> None:
+    """Raise for weights that no rewards can be added up with."""
+    if not isinstance(spec, Mapping):
+        return
+    for name, weight in spec.items():
+        check_range(f"reward: {name}", weight)
+    if not any(spec.values()):
+        raise ValueError(f"The weighted reward {dict(spec)!r} has no term with a weight other than 0.")
 
 
 def is_model_reward(spec: RewardSpec) -> bool:
@@ -271,16 +338,15 @@ def _further_parameters(function: RewardFunction) -> list[str]:
     return [p.name for p in rest if p.kind not in variable and p.default is inspect.Parameter.empty]
 
 
-def _load_classifier(name: str, dtype: Dtype) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    if config.num_labels == 1:
+def _load_model(name: str, dtype: Dtype) -> PreTrainedModel | ImplicitReward:
+    if implicit_settings(name) is not None:
+        return ImplicitReward(name, dtype=dtype)
+    with _explaining(name, trust_remote_code=False):
+        config = AutoConfig.from_pretrained(name)
+    # Every config has labels, a language model's too; that would get a random head below, and is refused here.
+    if config.num_labels == 1 or not is_classifier(name):
         return load_reward_model(name, dtype=dtype)
     return build_reward_model(name, dtype=dtype)
-
-
-def _reads_tokens(model: PreTrainedModel) -> bool:
-    """Whether a linear head named `score` reads the states of single tokens, as in all decoders of transformers."""
-    return isinstance(getattr(model, "score", None), nn.Linear) and model.base_model is not model
 
 
 def _in_batches(groups: Sequence[PromptGroup], batch_size: int) -> list[list[PromptGroup]]:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from lightning_pref.data.datamodule import STATE_VERSION, resumed_place
 from lightning_pref.data.loading import OnBadRow
+from lightning_pref.data.playground import Split
 from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSettings, is_playground
+from lightning_pref.data.rendering import check_template
+from lightning_pref.data.run_place import RunPlace, place_of
+from lightning_pref.data.source_choice import check_held_out, check_sources
 from lightning_pref.data.sources import RowSource, read_rows
 from lightning_pref.data.templates import Tokenization
+from lightning_pref.domains import check_range, check_seed
 from lightning_pref.losses.ensemble import How
 from lightning_pref.models.backbones import Dtype, given_tokenizer
 from lightning_pref.rollouts.engines.generate import CachedSampler
 from lightning_pref.rollouts.experience import Collects, ExperienceLoader, Instruments, UpdatePlan
+from lightning_pref.rollouts.experience_state import in_hand_of, in_hand_state
+from lightning_pref.rollouts.lockstep import any_process, itself, needs_lockstep, split_reward
 from lightning_pref.rollouts.prompts import Prompt, PromptSampler, prompts_digest, read_prompts
-from lightning_pref.rollouts.rewards import Reward, RewardSpec, load_reward
+from lightning_pref.rollouts.rewards import Reward, RewardSpec, check_reward, load_reward
 from lightning_pref.rollouts.sampling import Sampling
+from lightning_pref.rollouts.validation import HeldOutLoader, HeldOutSampling, HeldOutTask, hold_out_prompts
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +46,8 @@ class RolloutData(L.LightningDataModule):
     Args:
         train: Rows with prompts: a file (.jsonl, .json, .csv, .parquet, .arrow), a folder saved by `datasets`, a hub id, or
             `playground`; several make one data set. Responses that the rows have are not used.
+        val: Rows with prompts for validation, likewise; their rewards are logged as `val/reward/mean` and so on. There is no
+            validation without this, `val_split` or `val_size`.
         reward: What responses are worth: a folder or hub id of a sequence classifier, a Python function `module:function` of
             (prompt, response) and of columns of the row by their names, `playground:gold`, `playground:proxy` (with the flaw in
             `playground`), `playground:length`; a list of reward models for an ensemble; or weights by name.
@@ -48,14 +59,18 @@ class RolloutData(L.LightningDataModule):
         num_prompts: Most prompts of a rollout on each rank.
         num_samples: Responses to each prompt.
         sampling: How they are drawn.
+        val_sampling: How responses to validation prompts are drawn.
         max_rows: Most responses that are decoded together.
         inner_epochs: Passes over the experience of a rollout.
         num_minibatches: Updates of one pass.
+        val_size: Prompts to hold out for validation: a share of them below 1, else their number. Chosen by a hash, so that they
+            are the same in every run and no prompt is on both sides.
         split: Split of a folder or hub data set.
+        val_split: Split of the validation folder or hub data set; of the training one where `val` is not given.
         subset: Configuration of a hub data set that has several.
         revision: Branch, tag or commit of hub data sets.
         columns: Columns by the names they have there, {name here: name there}; rewards see these only, if given.
-        limit_rows: Read only that many rows.
+        limit_rows: Read only that many training rows.
         on_bad_row: `error` stops at the first row that cannot be used, `skip` leaves such rows out and counts them.
         tokenizer: Folder, hub id or object. Recipes fill in that of the model.
         chat_template: Text or file of a Jinja template that replaces the tokenizer's own.
@@ -68,6 +83,7 @@ class RolloutData(L.LightningDataModule):
     def __init__(
         self,
         train: str | list[str] = "playground",
+        val: str | list[str] | None = None,
         *,
         reward: str | list[str] | dict[str, float] | None = None,
         aggregate: How = "mean",
@@ -78,10 +94,13 @@ class RolloutData(L.LightningDataModule):
         num_prompts: int = 32,
         num_samples: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+        val_sampling: HeldOutSampling = HeldOutSampling(),  # noqa: B008  # frozen
         max_rows: int = 256,
         inner_epochs: int = 1,
         num_minibatches: int = 1,
+        val_size: float | None = None,
         split: str | None = None,
+        val_split: str | None = None,
         subset: str | None = None,
         revision: str | None = None,
         columns: dict[str, str] | None = None,
@@ -96,6 +115,10 @@ class RolloutData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train_sources = [train] if isinstance(train, str) else train
+        self.val_sources = [val] if isinstance(val, str) else val
+        self.val_size = val_size
+        self.val_split = val_split
+        self.val_sampling = val_sampling
         self.reward_spec: RewardSpec | None = reward
         self.aggregate: How = aggregate
         self.uwo_coefficient = uwo_coefficient
@@ -121,19 +144,20 @@ class RolloutData(L.LightningDataModule):
         self.seed = seed
         self.playground = playground
         self._prompts: list[Prompt] | None = None
+        self._val_prompts: list[Prompt] | None = None
         self._rewards: tuple[Reward, Reward | None] | None = None
         self._loader: ExperienceLoader | None = None
-        self._resume: int = 0
+        self._place: RunPlace | None = None  # where a resumed run goes on
         self._check()
 
     def _check(self) -> None:
-        if not self.train_sources:
-            raise ValueError("`train` names no data; give a file, a folder, a hub id or `playground`.")
-        for name in ("num_prompts", "num_samples", "inner_epochs", "num_minibatches", "reward_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}.")
-        if self.limit_rows is not None and self.limit_rows < 1:
-            raise ValueError(f"`limit_rows` must be at least 1, got {self.limit_rows!r}.")
+        for name in ("num_prompts", "num_samples", "inner_epochs", "num_minibatches", "reward_batch_size", "max_rows"):
+            check_range(name, getattr(self, name), at_least=1)
+        check_range("max_prompt_length", self.max_prompt_length, at_least=1)
+        check_range("uwo_coefficient", self.uwo_coefficient, at_least=0)
+        check_seed("seed", self.seed)
+        check_template(self.chat_template, self.template_date)
+        check_reward(self.reward_spec)
         if self.uwo_coefficient != 0.5 and self.aggregate != "uwo":
             raise ValueError(f"`uwo_coefficient` acts on `aggregate: uwo` only; with {self.aggregate!r} it has no effect.")
         if self.sampling.cuts_tokens:
@@ -142,14 +166,15 @@ class RolloutData(L.LightningDataModule):
                 "the update compares would not be those the tokens were drawn with, so that the ratio to the sampling policy "
                 "is not 1 to begin with. Sample from the whole distribution; `temperature` is exact on both sides."
             )
-        others = [source for source in self.train_sources if not is_playground(source)]
-        for name in ("split", "subset", "revision", "columns"):
-            if getattr(self, name) is not None and not others:
-                raise ValueError(
-                    f"`{name}` is for files, folders and hub data sets, and all data is the playground; leave it out."
-                )
-        if len(others) == len(self.train_sources) and self.playground != PlaygroundSettings():
-            raise ValueError(f"`playground` is set, but the data is {others}; leave it out, or train on `playground`.")
+        of_files = {name: getattr(self, name) for name in ("split", "val_split", "subset", "revision", "columns")}
+        check_sources(self.train_sources, self.val_sources or [], of_files, self.playground, limit_rows=self.limit_rows)
+        if self.val_size and self.val_sources is None and all(map(is_playground, self.train_sources)):
+            raise ValueError(
+                "`val_size` holds out training rows, but the playground writes rows of its own for validation: leave it out and "
+                "give `val: playground`; `playground.num_val_rows` says how many."
+            )
+        check_held_out(self.train_sources, self.val_sources, self.val_split, self.val_size)
+        self.val_sampling.check(self.sampling, is_used=self._validates)
 
     @property
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -169,17 +194,35 @@ class RolloutData(L.LightningDataModule):
         """Changes whenever a token of a prompt does."""
         return prompts_digest(self.prompts)
 
+    @property
+    def tokenizer_digest(self) -> str:
+        """Changes whenever prompts would get other token ids."""
+        return self._tokenization(self.max_prompt_length).digest()
+
     @override
     def setup(self, stage: str) -> None:
         """Read and tokenise the prompts, and load the reward, in every process."""
         if self._prompts is not None:
             return
+        prompts = self._read("train", self.train_sources, self.split, self.limit_rows)
+        if self.val_sources is not None or self.val_split is not None:
+            self._val_prompts = self._read("val", self.val_sources or self.train_sources, self.val_split, None)
+        elif self.val_size:
+            prompts, self._val_prompts = hold_out_prompts(prompts, self.val_size)
+        self._prompts = prompts
+        self._rewards = self._load_rewards()
+
+    @property
+    def _validates(self) -> bool:
+        return self.val_sources is not None or self.val_split is not None or bool(self.val_size)
+
+    def _read(self, part: Split, names: list[str], split: str | None, limit_rows: int | None) -> list[Prompt]:
         tokenization = self._tokenization(self.max_prompt_length)
-        skip_bad = self.on_bad_row == "skip"
-        self._prompts, errors = read_prompts(self._sources(), tokenization, limit_rows=self.limit_rows, skip_bad=skip_bad)
+        sources = self._sources(part, names, split)
+        found, errors = read_prompts(sources, tokenization, limit_rows=limit_rows, skip_bad=self.on_bad_row == "skip")
         if errors and (self.trainer is None or self.trainer.is_global_zero):
             log.warning("skipped %d rows without a usable prompt; the first: %s", len(errors), errors[0])
-        self._rewards = self._load_rewards()
+        return found
 
     def _tokenization(self, max_prompt_length: int | None) -> Tokenization:
         return Tokenization(
@@ -189,12 +232,12 @@ class RolloutData(L.LightningDataModule):
             max_prompt_length=max_prompt_length,
         )
 
-    def _sources(self) -> list[RowSource]:
+    def _sources(self, part: Split, names: list[str], split: str | None) -> list[RowSource]:
         return [
-            PlaygroundRows(name, self.playground, "train")
+            PlaygroundRows(name, self.playground, part)
             if is_playground(name)
-            else read_rows(name, split=self.split, subset=self.subset, revision=self.revision, columns=self.columns)
-            for name in self.train_sources
+            else read_rows(name, split=split, subset=self.subset, revision=self.revision, columns=self.columns)
+            for name in names
         ]
 
     def _load_rewards(self) -> tuple[Reward, Reward | None]:
@@ -214,11 +257,8 @@ class RolloutData(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> ExperienceLoader:
-        trainer = self.trainer
-        place = None if trainer is None else trainer.distributed_sampler_kwargs
-        ranks = {"rank": place["rank"], "num_replicas": place["num_replicas"]} if place else {}
         plan = self._plan()
-        sampler = PromptSampler(len(self.prompts), per_rollout=self.num_prompts, seed=self.seed, **ranks)
+        sampler = self._sampler(self.prompts)
         if sampler.fewest * self.num_samples < plan.num_parts:
             raise ValueError(
                 f"A rollout of {sampler.fewest} prompts with {self.num_samples} responses on each rank is cut into "
@@ -226,14 +266,37 @@ class RolloutData(L.LightningDataModule):
                 f"{len(self.prompts)}), or lower `num_minibatches` or `accumulate_grad_batches`."
             )
         self._loader = ExperienceLoader(
-            self.prompts, sampler, plan, num_samples=self.num_samples, instruments=self._instruments, collector=self._collector
+            self.prompts,
+            sampler,
+            plan,
+            num_samples=self.num_samples,
+            instruments=partial(self._instruments, self.sampling),
+            collector=self._collector,
         )
-        self._loader.resume(self._resume)
-        self._resume = 0
+        self._go_on()
         return self._loader
 
+    def _go_on(self) -> None:
+        """Let a resumed run go on where it was; strategies that split weights read checkpoints after the loader is made."""
+        if self._place is not None and self._loader is not None:
+            self._loader.resume(self._place)
+            self._place = None
+
+    def _sampler(self, prompts: list[Prompt]) -> PromptSampler:
+        place = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        ranks = {"rank": place["rank"], "num_replicas": place["num_replicas"]} if place else {}
+        return PromptSampler(len(prompts), per_rollout=self.num_prompts, seed=self.seed, **ranks)
+
     @override
-    def val_dataloader(self) -> list[Any]:  # Any: there are none
+    def val_dataloader(self) -> HeldOutLoader | list[HeldOutLoader]:
+        if self._val_prompts is not None:
+            sampling = self.val_sampling.of(self.sampling)
+            return HeldOutLoader(
+                self._val_prompts,
+                self._sampler(self._val_prompts),
+                num_samples=self.val_sampling.num_samples,
+                instruments=partial(self._instruments, sampling),
+            )
         # An empty list is how Lightning is told that there is no validation; it wonders about it all the same.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero", category=UserWarning)
         return []
@@ -268,32 +331,43 @@ class RolloutData(L.LightningDataModule):
         collects: Collects = module
         return collects
 
-    def _instruments(self) -> Instruments:
+    def _instruments(self, sampling: Sampling) -> Instruments:
         assert self._rewards is not None and self.trainer is not None
         reward, gold = self._rewards
         for each in (reward, gold):
             if each is not None:
                 each.to(self.trainer.strategy.root_device)
+                split_reward(each, self.trainer.strategy)
         tokenizer = self.loaded_tokenizer
-        sampler = CachedSampler(self.sampling, int(tokenizer.eos_token_id), max_rows=self.max_rows)
-        return Instruments(sampler, self.sampling, tokenizer, reward, gold)
+        any_rank = any_process if needs_lockstep(self.trainer.strategy) else itself
+        sampler = CachedSampler(sampling, int(tokenizer.eos_token_id), max_rows=self.max_rows, any_rank=any_rank)
+        return Instruments(sampler, sampling, tokenizer, reward, gold)
 
     @override
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Any: Lightning's own signature. Lightning itself would wait for each copy.
+        if isinstance(batch, HeldOutTask):
+            return batch  # it holds no tensors
         return batch.to(device, non_blocking=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
-        done = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"version": 1, "batch": 0 if self._loader is None or done >= len(self._loader) else done}
+        place = RunPlace(0, 0) if self.trainer is None else place_of(self.trainer)
+        return {"version": STATE_VERSION, "place": tuple(place)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
-        if state_dict["version"] != 1:
-            raise ValueError(f"The checkpoint holds version {state_dict['version']} of the rollout state; this is version 1.")
-        # Lightning asks this of the loader; here the data module keeps the place.
-        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended", category=PossibleUserWarning)
-        self._resume = int(state_dict["batch"])
-        if self._loader is not None:
-            self._loader.resume(self._resume)
+        self._place = resumed_place(state_dict)
+        self._go_on()
+
+    def rank_state(self) -> dict[str, Any]:  # Any: plain data and tensors
+        """The rollout of this process that is being trained on, for an exact resume in its middle."""
+        assert self.trainer is not None
+        in_hand = None if self._loader is None else self._loader.in_hand_at(place_of(self.trainer))
+        return {"is_bound_to_rank": in_hand is not None, "in_hand": None if in_hand is None else in_hand_state(in_hand)}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:  # Any: as above
+        """Take up what `rank_state` gave."""
+        if state["in_hand"] is not None:
+            assert self.trainer is not None and self._loader is not None, "training has started"
+            self._loader.take_up(in_hand_of(state["in_hand"], self.trainer.strategy.root_device))

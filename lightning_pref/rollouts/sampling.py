@@ -10,6 +10,8 @@ import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lightning_pref.domains import check_range
+
 TokenIds = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
@@ -36,6 +38,7 @@ class Sampling:
             raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens!r}.")
         if self.temperature < 0:
             raise ValueError(f"`temperature` must not be negative, got {self.temperature!r}.")
+        check_range("temperature", self.temperature)
         if self.top_k < 0:
             raise ValueError(f"`top_k` must not be negative (0 draws from all tokens), got {self.top_k!r}.")
         if not 0 < self.top_p <= 1:

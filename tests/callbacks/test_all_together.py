@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_pref import PairObservation, RewardObservation, observe
 from lightning_pref.callbacks import (
     LikelihoodDisplacementTracker,
+    OveroptimizationMonitor,
     Probe,
     RewardVarianceMonitor,
     SpikeAwareOptimizerReset,
@@ -56,6 +57,7 @@ def all_monitors() -> list[Diagnostic]:
     return [
         LikelihoodDisplacementTracker(ches=True, details=True, every_n_updates=4),
         RewardVarianceMonitor(details=True, every_n_updates=4),
+        OveroptimizationMonitor(every_n_updates=4),
         SpikeAwareOptimizerReset(reset_every=None, threshold=0.0, every_n_updates=4),  # neither clips nor resets
         StabilityGapEvaluator({"old": [torch.arange(8)]}, losses, dense_updates=5, budget=None),
         Probe("fixed", [torch.arange(4)], score, every_n_updates=5, budget=None),

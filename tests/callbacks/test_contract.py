@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,16 @@ from lightning_pref import (
 from lightning_pref.callbacks import (
     Diagnostic,
     EntanglementMonitor,
+    ExactResume,
+    FaultAdvice,
     GoldReward,
     LikelihoodDisplacementTracker,
+    LostUpdateMeter,
     MassShift,
     Monitor,
+    NonFiniteGuard,
     ObserveOutputs,
+    OveroptimizationMonitor,
     Probe,
     RewardModelProbe,
     RewardVarianceMonitor,
@@ -150,10 +156,15 @@ FIXED = pair_rows(6, seed=5)
 # Constructors with settings under which a run of a few updates makes the callback do all it can do.
 CASES: dict[str, Callable[[], Callback]] = {
     "EntanglementMonitor": EntanglementMonitor,
+    "ExactResume": lambda: ExactResume(tempfile.mkdtemp(), every_n_updates=2),
+    "FaultAdvice": FaultAdvice,
     "GoldReward": lambda: GoldReward(["a", "bb"], answer, lambda prompt, response: float(len(response)), every_n_updates=2),
     "LikelihoodDisplacementTracker": lambda: LikelihoodDisplacementTracker(every_n_updates=2),
+    "LostUpdateMeter": lambda: LostUpdateMeter(every_n_updates=2),
     "MassShift": MassShift,
+    "NonFiniteGuard": NonFiniteGuard,
     "ObserveOutputs": ObserveOutputs,
+    "OveroptimizationMonitor": lambda: OveroptimizationMonitor(every_n_updates=2),
     "Probe": lambda: Probe("fixed", [FIXED], score_pairs, every_n_updates=2, budget=None),
     "RewardModelProbe": lambda: RewardModelProbe("fixed", [FIXED], score_rewards, every_n_updates=2, budget=None),
     "RewardVarianceMonitor": lambda: RewardVarianceMonitor(every_n_updates=2),

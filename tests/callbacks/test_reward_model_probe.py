@@ -148,6 +148,21 @@ def test_ties_raise_an_alert_and_a_healthy_reward_model_none() -> None:
     assert fine.alerts == []
 
 
+def test_scores_that_start_at_zero_as_implicit_rewards_do_are_no_fault_and_those_that_stay_there_are() -> None:
+    class FromZero(LinearRewardModel):
+        def __init__(self, scale: float) -> None:
+            super().__init__(lambda scores: scale * scores)
+            nn.init.zeros_(self.layer[0].weight)  # type: ignore[arg-type]  # a layer of `nn.Sequential` has any type
+            nn.init.zeros_(self.layer[0].bias)  # type: ignore[arg-type]
+
+    learning, stuck = probe(), probe()
+    for watch, scale in ((learning, 1.0), (stuck, 0.0)):
+        loader: DataLoader[Tensor] = DataLoader(list(torch.randn(24, 3)), batch_size=4)  # type: ignore[arg-type]
+        quiet_trainer(callbacks=[watch], logger=Series()).fit(FromZero(scale), loader)
+    assert learning.alerts == []
+    assert {alert.step for alert in stuck.alerts if alert.name == "reward_variance/constant"} == {2}
+
+
 def test_a_probe_and_a_monitor_side_by_side_do_not_report_the_same_twice() -> None:
     class Says(LinearRewardModel):
         @override

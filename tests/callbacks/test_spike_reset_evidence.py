@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pref.callbacks.row_ids import group_rows
 from lightning_pref.callbacks.spike_ladder import Ladder
-from lightning_pref.callbacks.spike_reset import SpikeAwareOptimizerReset, group_rows
+from lightning_pref.callbacks.spike_reset import SpikeAwareOptimizerReset
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 
 
@@ -97,7 +98,7 @@ def test_a_skip_is_safe_with_norm_clipping_and_accumulation(tmp_path: Path) -> N
     callback = evidence()
     fit(tmp_path, module, [callback], batches(80), gradient_clip_val=1.0, accumulate_grad_batches=2)
     assert actions(callback) == [(31, "skip")]
-    assert callback.updates == 40
+    assert callback.updates == 39  # executed ones
 
 
 def test_a_calm_run_is_left_alone_bit_for_bit(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_a_loss_that_stays_high_is_taken_for_the_new_level(tmp_path: Path) -> No
     module = Regression()
     fit(tmp_path, module, [callback], data)
     assert [update for update, _ in actions(callback)] == list(range(51, 60))
-    assert callback.updates == 90
+    assert callback.updates == 81  # executed ones
 
 
 def test_each_optimizer_has_a_ladder_of_its_own(tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def test_a_policy_is_sampled_scored_and_the_table_printed(
     assert f"sampling 3 responses of {folders['policy']} to each of 5 prompts" in shown
     assert "Teachers by whitened variance, 5 prompts, 15 responses" in shown
     assert "the fastest of those compared" in shown
+    kept = [json.loads(line) for line in (place / "kept.jsonl").read_text().splitlines()]
+    assert all(row["ranks"] == [0, 0, 0] for row in kept), "nobody has said which is best"
     again = teacher([folders["judge"], folders["other"]], responses="kept.jsonl", gold="own_rewards:length")
     assert with_speed(again) == with_speed(reports)
     other_seed = teacher([folders["judge"], folders["other"]], **arguments, seed=1)
@@ -234,6 +236,10 @@ def test_a_fast_teacher_that_ranks_no_better_than_chance_is_not_recommended(
             "`--gold scores` reads a column of `--responses`, which is not given",
         ),
         ({"responses": "answered.jsonl", "save_responses": "kept.jsonl"}, "`--save_responses` keeps what is sampled, but"),
+        *(
+            ({"responses": "answered.jsonl", name: 3}, f"`--{name}` acts on sampling, but `--responses` takes the place of that")
+            for name in ("num_responses", "max_new_tokens", "temperature", "seed")
+        ),
         ({"responses": "answered.jsonl", "num_prompts": 0}, "`num_prompts` must be at least 1, got 0"),
         (
             {"policy": "x", "prompts": "y", "num_responses": 1},

@@ -110,7 +110,7 @@ def test_a_resumed_run_does_not_repeat_its_first_stage(folder_with_a_run: Path, 
     monkeypatch.chdir(folder_with_a_run)
     stage = Path("runs/sft/for-dpo-start/summary.json")
     written = stage.stat().st_mtime_ns
-    resumed = dpo.main(["--run.name=start", *SMALL, "--run.resume=runs/dpo/start/checkpoints/last.ckpt"])
+    resumed = dpo.main(["--run.name=start", *SMALL, "--run.resume=auto"])
     assert summary_of(resumed)["steps"] == 4
     assert stage.stat().st_mtime_ns == written
 
@@ -161,10 +161,12 @@ def test_rlhf_without_arguments_raises_the_gold_reward_from_a_reward_model_it_tr
     assert {entry.name for entry in (tmp_path / "runs").iterdir()} == {"sft", "reward", "rlhf"}
     (folder,) = (tmp_path / "runs" / "rlhf").iterdir()
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
-    assert metrics["gold_reward"]["last"] - metrics["gold_reward"]["first"] >= 0.1
-    assert metrics["reward_model/accuracy"]["last"] >= 0.7
+    # Nine tenths of what the same rollouts attain on the gold reward itself, 0.92 by `benchmarks/rlhf_ceiling.py`.
+    assert metrics["gold_reward"]["last"] >= 0.83
+    assert metrics["gold_reward"]["last"] - metrics["gold_reward"]["first"] >= 0.15
+    assert metrics["reward_model/accuracy"]["last"] >= 0.85
     # A policy that runs away from its start to please the reward model has tens of nats.
-    assert metrics["kl"]["last"] < 10
+    assert metrics["kl"]["last"] < 5
     assert "reward_variance/within_prompt" in metrics
     last_table = done.stdout[done.stdout.rindex("rlhf: ") :]
     for shown in ("gold_reward", "reward_model/accuracy", "kl", f"runs/rlhf/{folder.name}/export"):

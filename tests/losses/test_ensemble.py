@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from lightning_pref.functional.advantages import grpo_advantages
 from lightning_pref.losses.ensemble import (
     How,
+    bootstrap_weights,
     ensemble_reward,
     ensemble_variance,
     standardized_members,
@@ -102,3 +105,22 @@ def test_mistakes_raise() -> None:
         standardized_members(REWARDS, torch.zeros(3), torch.ones(5))
     with pytest.raises(ValueError, match=r"`losses` and `uncertainty` differ in shape: \[2\] and \[1\]"):
         uncertainty_discounted(torch.zeros(2), torch.zeros(1))
+
+
+def test_bootstrap_counts_are_poisson_and_independent_of_each_other() -> None:
+    rows = torch.arange(20_000)
+    weights = bootstrap_weights(rows, 3)
+    for member in weights:
+        shares = [(member == count).double().mean().item() for count in range(5)]
+        assert shares == pytest.approx([math.exp(-1) / math.factorial(count) for count in range(5)], abs=0.01)
+    correlations = torch.corrcoef(torch.cat([weights, weights.roll(1, 1), bootstrap_weights(rows, 3, seed=1)]).double())
+    assert (correlations - torch.eye(9, dtype=torch.float64)).abs().max() < 0.03
+
+
+def test_a_row_counts_alike_in_every_batch_and_for_any_number_of_members() -> None:
+    rows = torch.tensor([5, 2**40 + 5, 7, 123_456_789_012])
+    whole = bootstrap_weights(rows, 4, seed=3)
+    torch.testing.assert_close(bootstrap_weights(rows.flip(0), 4, seed=3), whole.flip(1))
+    torch.testing.assert_close(bootstrap_weights(rows, 2, seed=3), whole[:2])
+    many = torch.arange(1000)
+    assert not torch.equal(bootstrap_weights(many, 1), bootstrap_weights(many + 2**32, 1)), "all bits of a number count"

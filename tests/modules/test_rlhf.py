@@ -376,7 +376,7 @@ def test_P5_old_log_probs_stay_those_of_the_rollout_while_the_policy_moves(tmp_p
 
 def test_P6_the_value_loss_is_a_token_mean_of_the_whole_update(tmp_path: Path) -> None:
     """Alone in the loss: the gradient of the head is that of a mean over all tokens, however it is cut."""
-    options = {"algorithm": "ppo", "value": ValueSettings(trunk="shared", coefficient=1.0, clip=None)}
+    options = {"algorithm": "ppo", "value": ValueSettings(trunk="shared", coefficient=1.0)}
     found = []
     for accumulate in (1, 4):
         seen: list[Tensor] = []

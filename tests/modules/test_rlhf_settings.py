@@ -324,3 +324,21 @@ def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     module = RLHFModule(speaker(), optimizer=OptimizerSettings(learning_rate=0.0123, schedule="constant", warmup=0))
     fit(tmp_path, module, rollout_data(tmp_path))
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.0123
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"surrogate": SurrogateSettings(clip_low=0.1)}, "surrogate.clip_low"),
+        ({"surrogate": SurrogateSettings(clip_high=0.3)}, "surrogate.clip_high"),
+        ({"surrogate": SurrogateSettings(dual_clip=3.0)}, "surrogate.dual_clip"),
+        ({"surrogate": SurrogateSettings(form="cispo", max_weight=2.0)}, "surrogate.max_weight"),
+        ({"algorithm": "ppo", "value": ValueSettings(clip=0.5)}, "value.clip"),
+    ],
+)
+def test_a_bound_on_the_ratio_is_refused_where_a_rollout_makes_one_update(
+    tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` bounds how far the policy may move .* but a rollout makes one update"):
+        fit(tmp_path, RLHFModule(speaker(), **options), rollout_data(tmp_path))
+    fit(tmp_path, RLHFModule(speaker(), **options), rollout_data(tmp_path, num_minibatches=2))

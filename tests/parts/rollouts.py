@@ -137,3 +137,9 @@ def likes_vowels(prompt: str, response: str) -> float:
 
 def dislikes_vowels(prompt: str, response: str) -> float:
     return -likes_vowels(prompt, response)
+
+
+def begins_words_with_vowels(prompt: str, response: str) -> float:
+    """Share of words that begin with a vowel: 1 can be attained, in many ways."""
+    words = response.split()
+    return sum(word[0] in "aeiouAEIOU" for word in words) / max(len(words), 1)

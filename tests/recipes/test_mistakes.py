@@ -37,7 +37,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(bench: Any) 
     folder = bench.dpo("--run.name=mine").folder
     text = error_of(bench.dpo, "--run.name=mine")
     assert f"The run folder {folder} is not empty" in text
-    assert f"--run.name mine --run.resume {folder / 'checkpoints' / 'last.ckpt'}" in text
+    assert "--run.name mine --run.resume auto" in text
 
 
 def test_a_folder_where_a_run_failed_at_its_start_can_be_used_again(bench: Any) -> None:

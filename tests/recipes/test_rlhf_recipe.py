@@ -93,6 +93,24 @@ def test_a_preset_is_a_configuration_file_before_all_flags() -> None:
         with_preset(["--preset", "pppo"])
 
 
+def test_help_tells_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        rlhf.main(["--help"])
+    assert raised.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--preset NAME Set an algorithm up as it was published; all other flags win. Known: {', '.join(NAMES)}." in shown
+
+
+def test_a_bound_without_effect_is_refused_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        rlhf.main(["--model.surrogate.clip_low=0.1"])
+    assert "`surrogate.clip_low` bounds how far the policy may move" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "sft").exists()
+
+
 def test_a_run_without_a_reward_says_how_to_get_one(bench: Any) -> None:
     with pytest.raises(SystemExit, match="error: `reward` is not set: give the folder of a reward model"):
         run(bench, "--data.reward=null")

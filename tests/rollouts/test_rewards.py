@@ -17,8 +17,11 @@ from lightning_pref.data.playground import gold_reward, playground_rows, proxy_r
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
 from lightning_pref.data.templates import Tokenization
 from lightning_pref.losses.ensemble import ensemble_reward
-from lightning_pref.rollouts.rewards import Answers, Reward, is_model_reward, load_reward
+from lightning_pref.models.reward_models import ScoreScale
+from lightning_pref.rollouts.rewards import Answers, Reward, is_model_reward, judged, load_reward
 
+# Factor and offset of two members.
+UNITS = ((1.0, 5.0), (3.0, -2.0))
 TEXTS = [["four", "seven is fine", "", " "], ["a b c", "one", "two two", "x"]]
 
 
@@ -198,3 +201,45 @@ def test_the_modes_and_weights_of_a_reward_model_are_frozen(tmp_path: Path) -> N
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def rescaled(folder: Path, place: Path, factor: float, offset: float) -> Path:
+    """The same reward model in another unit and with another zero, which its config tells."""
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.score.weight.mul_(factor)
+    ScoreScale(torch.tensor([offset]), torch.tensor([factor])).remember(model.config)
+    model.save_pretrained(place)
+    playground_tokenizer().save_pretrained(place)
+    return place
+
+
+def test_W6_members_with_a_known_scale_are_standardised_before_they_are_compared(tmp_path: Path) -> None:
+    plain = [saved_classifier(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    folders = [rescaled(folder, tmp_path / f"r{k}", *unit) for k, (folder, unit) in enumerate(zip(plain, UNITS, strict=True))]
+    answers = answers_of([["four", "seven is fine"], ["a b c", "one"]])
+    members = torch.cat([plain_scores(folder, answers) for folder in folders])
+    mean, std = torch.tensor([unit[::-1] for unit in UNITS]).T
+    common = (members - mean[:, None]) / std[:, None] * std.mean() + mean.mean()
+    for how in ("mean", "wco", "uwo"):
+        found = judged(load([str(folder) for folder in folders], how=how), answers)
+        torch.testing.assert_close(found.rewards, ensemble_reward(common, how), atol=1e-5, rtol=1e-5)  # type: ignore[arg-type]
+        assert found.uncertainty is not None
+        torch.testing.assert_close(found.uncertainty, common.std(0), atol=1e-5, rtol=1e-5)
+    alone = judged(load(str(folders[1])), answers)
+    torch.testing.assert_close(alone.rewards, members[1], atol=1e-5, rtol=1e-5)
+    assert alone.uncertainty is None
+    mixed = judged(load([str(folders[0]), str(plain[1])]), answers)
+    raw = torch.cat([plain_scores(folders[0], answers), plain_scores(plain[1], answers)])
+    torch.testing.assert_close(mixed.rewards, raw.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_weighted_sum_is_as_uncertain_as_its_terms_together(tmp_path: Path) -> None:
+    single = str(saved_classifier(tmp_path / "single"))
+    heads = str(saved_classifier(tmp_path / "heads", num_labels=3))
+    answers = answers_of([["four", "seven is fine"], ["a b c", "one"]])
+    found = judged(load({heads: 2.0, "rollouts:count_of_letters": 1.0, single: -1.0}), answers)
+    alone = judged(load(heads), answers)
+    assert found.uncertainty is not None and alone.uncertainty is not None
+    torch.testing.assert_close(found.uncertainty, 2.0 * alone.uncertainty)
+    assert judged(load("rollouts:count_of_letters"), answers).uncertainty is None

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_pref.data.playground_source import PlaygroundSettings
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
+from lightning_pref.data.run_place import RunPlace
 from lightning_pref.modules.rlhf import RLHFModule
 from lightning_pref.rollouts.experience import Experience, ExperienceBatch, Task
 from lightning_pref.rollouts.rewards import ModelReward
@@ -291,12 +292,12 @@ def test_changing_accumulation_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds version 2 of the rollout state; this is version 1"):
-        rollout_data(tmp_path).load_state_dict({"version": 2, "batch": 0})
+    with pytest.raises(ValueError, match="holds version 1 of the state of the data; this release reads version 2"):
+        rollout_data(tmp_path).load_state_dict({"version": 1, "batch": 0})
 
 
 def test_a_place_beyond_the_epoch_is_refused(tmp_path: Path) -> None:
     data = rollout_data(tmp_path)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"`batch` must be in \[0, 2\], the micro-batches of an epoch, got 3"):
-        data.train_dataloader().resume(3)
+    with pytest.raises(ValueError, match="3 micro-batches into an epoch, and an epoch has 2 of them now"):
+        data.train_dataloader().resume(RunPlace(0, 3))
