@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rollouts import speaker
 from transformers import LlamaForCausalLM
 
 from lightning_pref.__main__ import main
@@ -350,7 +351,9 @@ def test_the_exit_code_of_a_mistake_is_2_and_of_a_fault_1(tmp_path: Path) -> Non
     ]
     assert "Traceback" not in shown
     (tmp_path / "broken.py").write_text("def reward(prompt, response):\n    raise ValueError('of mine')\n")
-    args = ["--data.reward=broken:reward", "--model.model=playground:tiny", "--data.num_prompts=2", "--data.num_samples=2"]
+    speaker().save_pretrained(tmp_path / "model")
+    playground_tokenizer().save_pretrained(tmp_path / "model")
+    args = ["--data.reward=broken:reward", "--model.model=model", "--data.num_prompts=2", "--data.num_samples=2"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     stages = ["--config=own.yaml"]
     (tmp_path / "own.yaml").write_text("data: {train: prompts.jsonl}\n")
