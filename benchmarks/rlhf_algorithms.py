@@ -1,7 +1,7 @@
 """GRPO, RLOO, PPO and REINFORCE++ on the playground, from the same fine-tuned policy and the same reward model.
 
-    python benchmarks/rlhf_algorithms.py --root /tmp/algorithms                 # all four, one after the other
-    python benchmarks/rlhf_algorithms.py --root /tmp/algorithms --only ppo      # what is there already is only read
+    python benchmarks/rlhf_algorithms.py --root FOLDER                 # all four, one after the other
+    python benchmarks/rlhf_algorithms.py --root FOLDER --only ppo      # what is there already is only read
 
 GRPO comes first, with nothing but its preset: `python -m lightning_pref.recipes.rlhf --preset grpo` trains the policy and the
 reward model on the way. The others start from these two with the same settings of the playground and their own preset. Printed

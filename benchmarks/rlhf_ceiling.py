@@ -1,7 +1,7 @@
 """How close `python -m lightning_pref.recipes.rlhf` comes to the best attainable gold reward of the playground, seed by seed.
 
-    python benchmarks/rlhf_ceiling.py --root /tmp/ceiling                # seeds 0, 1 and 2
-    python benchmarks/rlhf_ceiling.py --root /tmp/ceiling --seeds 3 4    # more; what is there already is only read
+    python benchmarks/rlhf_ceiling.py --root FOLDER                # seeds 0, 1 and 2
+    python benchmarks/rlhf_ceiling.py --root FOLDER --seeds 3 4    # more; what is there already is only read
 
 Two runs for each seed. The first is the recipe with nothing but the seed: supervised fine-tuning, a reward model, and RLHF on
 that. The second is its last stage again, from the same fine-tuned policy, on the gold reward itself: what those rollouts attain

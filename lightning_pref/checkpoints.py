@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -190,7 +191,7 @@ def best_of(checkpoints: Sequence[Path], count: int, *, largest: bool) -> set[Pa
     valued = []
     for age, checkpoint in enumerate(checkpoints):
         manifest = read_manifest(checkpoint)
-        if manifest is not None and manifest.value is not None:
+        if manifest is not None and manifest.value is not None and math.isfinite(manifest.value):
             valued.append((-manifest.value if largest else manifest.value, age, checkpoint))
     return {checkpoint for *_, checkpoint in sorted(valued)[:count]}
 

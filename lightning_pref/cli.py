@@ -170,7 +170,7 @@ class RecipeCLI(LightningCLI):
         self.folder = Path(self.config.run.root) / self.recipe.name / run_name(self.config.run.name)
         self.claim = RunFolder(self.folder, resumes=self.config.run.resume is not None)
         warn_of_restarts()
-        self.checkpoint = resume_point(self.config.run.resume, self.folder)
+        self.checkpoint = resume_point(self.config.run.resume, self.folder, self._checkpoints)
         self._spread_seed()
         # The constructors refuse what cannot be meant; better so before a first stage than after it.
         parts = Namespace(model=self.config.model, data=self.config.data)  # type: ignore[no-untyped-call]
@@ -232,6 +232,10 @@ class RecipeCLI(LightningCLI):
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
         trainer.loggers.append(self.record)
         return trainer
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.checkpoint.dirpath or self.folder / "checkpoints")
 
     def _digests(self) -> dict[str, str]:
         """What a run that goes on must have in common with the checkpoint; of the configuration it is told only."""

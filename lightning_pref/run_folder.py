@@ -169,12 +169,13 @@ AUTO = "auto"
 _WRITTEN_BY_LINE = ("metrics.csv", "alerts.jsonl", "events.out.tfevents.*")
 
 
-def resume_point(asked: str | None, folder: Path) -> Path | None:
+def resume_point(asked: str | None, folder: Path, checkpoints: Path) -> Path | None:
     """The checkpoint that a run goes on from, or `None` where it begins.
 
     Args:
         asked: A checkpoint, or `auto` for the newest whole one of the folder, if there is any.
         folder: Of the run.
+        checkpoints: Where its checkpoints lie.
     """
     if asked is None:
         return None
@@ -182,19 +183,24 @@ def resume_point(asked: str | None, folder: Path) -> Path | None:
         checkpoint = Path(asked)
         if not checkpoint.exists():
             raise FileNotFoundError(
-                f"`--run.resume`: there is no checkpoint {checkpoint}. Those of this run lie in {folder / 'checkpoints'}; "
+                f"`--run.resume`: there is no checkpoint {checkpoint}. Those of this run lie in {checkpoints}; "
                 f"`--run.resume {AUTO}` takes the newest whole one."
             )
         if read_manifest(checkpoint) is not None or _is_ours(checkpoint):
             check_whole(checkpoint)
         return checkpoint
-    found, broken = newest_whole(folder / "checkpoints")
+    found, broken = newest_whole(checkpoints)
     for finding in broken:
         logger.warning("Left out, since it is not whole: %s.", finding)
     if found is None and broken:
         raise ValueError(
-            f"`--run.resume {AUTO}`: none of the {len(broken)} checkpoint(s) in {folder / 'checkpoints'} is whole ({broken[0]}). "
+            f"`--run.resume {AUTO}`: none of the {len(broken)} checkpoint(s) in {checkpoints} is whole ({broken[0]}). "
             "Beginning anew would overwrite what is there; remove the folder, or choose another `--run.name`, to do that."
+        )
+    if found is None and (folder / "summary.json").exists():
+        raise ValueError(
+            f"`--run.resume {AUTO}`: {folder} holds a finished run, and there is no checkpoint of it in {checkpoints}. Beginning "
+            "anew would overwrite it. Choose another `--run.name`, or name the checkpoint to go on from."
         )
     if found is None:
         logger.info("There is no checkpoint in %s yet: the run begins.", folder)

@@ -125,9 +125,9 @@ def test_C7_an_end_while_it_is_published_leaves_the_former_one_and_no_false_one(
 
 
 def test_the_best_are_chosen_by_value_and_the_newer_of_equal_ones(tmp_path: Path) -> None:
-    for step, value in enumerate([0.5, 0.2, None, 0.2, 0.9]):
+    for step, value in enumerate([0.5, 0.2, None, 0.2, 0.9, float("nan")]):
         written(tmp_path, step, value=value)
     there = checkpoints_of(tmp_path)
-    assert [path.name for path in there] == [f"step={step}.ckpt" for step in (4, 3, 2, 1, 0)]
+    assert [path.name for path in there] == [f"step={step}.ckpt" for step in (5, 4, 3, 2, 1, 0)]
     assert {path.name for path in best_of(there, 1, largest=False)} == {"step=3.ckpt"}
     assert {path.name for path in best_of(there, 2, largest=True)} == {"step=4.ckpt", "step=0.ckpt"}

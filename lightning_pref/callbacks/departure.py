@@ -60,7 +60,7 @@ class Departure:
         self._former = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
+        self.received = self.received or number  # the first one says why
 
     def leave(self, trainer: L.Trainer, checkpoint: Path | None) -> None:
         """End the run; all processes come here together, the one that got the signal among them."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_pref import checkpoints
@@ -38,8 +39,8 @@ class Mark(NamedTuple):
 class ExactResume(Callback):
     """Writes checkpoints between two updates, with all that a run needs to go on bit for bit.
 
-    Needs: nothing. Parts that keep something of this process alone (a loader's buffer, partial means) hand it over by
-    `rank_state` and take it back by `load_rank_state`; ours do.
+    Needs: nothing. A module, a data module or a logger that keeps something of this process alone (a rollout in hand, partial
+    means) hands it over by `rank_state` and takes it back by `load_rank_state`; ours do.
     Logs: nothing.
     Changes: nothing of the training. Takes SIGTERM, and SIGUSR1 under SLURM: the update in progress is finished, a checkpoint
     written, and the run left with the exit code that belongs to the signal.
@@ -50,7 +51,8 @@ class ExactResume(Callback):
     and no gradient is half accumulated. Files are written aside, flushed, renamed and vouched for by a manifest.
 
     Data of one's own goes on inside an epoch where the data module (by `state_dict`) or the loader (as torchdata's
-    `StatefulDataLoader`) tells its place; otherwise checkpoints are written between epochs only, and a warning says so.
+    `StatefulDataLoader`, with a length) tells its place, which has to be the same on every rank; otherwise checkpoints are
+    written between epochs only, and a warning says so.
 
     Args:
         dirpath: Folder of the checkpoints; `checkpoints` in the folder of the run if not given.
@@ -108,6 +110,7 @@ class ExactResume(Callback):
         self._decided = (False, False)  # whether to leave and whether to save before the next batch
         self._loaders: list[Any] = []  # what the user's own loaders told of their place
         self._keeps_place = True
+        self._validated_at = -1
         self._written = time.monotonic()
 
     # When.
@@ -124,12 +127,22 @@ class ExactResume(Callback):
         self._processes = Processes()
         self._saved_at = Mark(place_of(trainer).epoch, trainer.global_step)
         self._written = time.monotonic()
+        self._decided, self._loaders = (False, False), []
         self._departure.watch(trainer)
         self._keeps_place = keeps_place(trainer)
+        if trainer.num_training_batches == float("inf"):
+            raise ValueError(
+                "ExactResume cannot tell where an epoch ends, since the training data has no length. Give it one by "
+                "`limit_train_batches=N` of the Trainer, or leave ExactResume out."
+            )
         if self._loaded is not None:
             self._hand_back(trainer, self._loaded)
             # Lightning takes back that the epoch was ready, and does not count it again.
             trainer.fit_loop.epoch_progress.current.ready += int(trainer.fit_loop.restarted_on_epoch_start)
+            # What a callback has ended stays ended.
+            trainer.should_stop = self._loaded["stopped"]
+            if trainer.is_global_zero:
+                self._remove_later(trainer)
 
     @override
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -154,23 +167,35 @@ class ExactResume(Callback):
             return
         assert self._processes is not None, "training has started"
         leaves, is_late = self._processes.any([self._departure.is_wanted, self._is_late()])
-        is_due = (is_late or self._is_due(trainer)) and (self._keeps_place or place_of(trainer).batch == 0)
-        self._decided = leaves, leaves or is_due
+        can_save = self._keeps_place or place_of(trainer).batch == 0
+        self._decided = leaves, can_save and (leaves or is_late or self._is_due(trainer))
         if self._decided[1]:
             # A loader that tells its place tells it before the next batch is taken from it.
             combined = trainer.fit_loop._combined_loader  # noqa: SLF001  # no public way
             self._loaders = [] if combined is None or place_of(trainer).batch == 0 else combined._state_dicts()  # noqa: SLF001
 
     @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated_at = trainer.global_step
+
+    @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Training ends inside an epoch. What others do now, at what they take for its end, a longer run would not do here.
-        if place_of(trainer).batch and self._is_new(trainer):
+        batch = place_of(trainer).batch
+        if batch and self._is_new(trainer) and self._keeps_place and batch % trainer.accumulate_grad_batches == 0:
             self._save(trainer, _inside_epoch)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_new(trainer):
+        if self._is_new(trainer) and place_of(trainer).batch == 0:
             self._save(trainer, _at_epoch_end)
+        elif self._is_new(trainer):
+            logger.warning(
+                "Training ended inside an epoch, at a place from which it cannot go on exactly: no checkpoint was written there. "
+                "The newest is %s.",
+                self.last_saved,
+            )
         self._departure.forget()
 
     def _is_new(self, trainer: L.Trainer) -> bool:
@@ -216,16 +241,18 @@ class ExactResume(Callback):
                     checkpoints.publish(checkpoint, manifest)
         finally:
             self._settle = None
+        self.last_saved = checkpoint
         if trainer.is_global_zero:
             self._forget_old(folder)
         trainer.strategy.barrier("checkpoint")
-        self.last_saved = checkpoint
         self._saved_at = Mark(place_of(trainer).epoch, trainer.global_step)
         self._written = time.monotonic()
 
     def _manifest(self, trainer: L.Trainer) -> Manifest:
         place = place_of(trainer)
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None else None
+        # The value of an earlier validation is of other weights.
+        is_fresh = self.monitor is not None and (self._validated_at == trainer.global_step or not self.monitor.startswith("val"))
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor is not None and is_fresh else None
         return Manifest(
             step=trainer.global_step,
             epoch=place.epoch,
@@ -238,13 +265,20 @@ class ExactResume(Callback):
     def _digests(self) -> dict[str, str]:
         return {} if self.digests is None else dict(self.digests())
 
+    def _remove_later(self, trainer: L.Trainer) -> None:
+        """Remove the checkpoints of the part of the run that was left behind by going back to an earlier one."""
+        for checkpoint in checkpoints.checkpoints_of(self._folder(trainer)):
+            manifest = checkpoints.read_manifest(checkpoint)
+            if manifest is not None and manifest.step > trainer.global_step:
+                checkpoints.remove(checkpoint)
+
     def _forget_old(self, folder: Path) -> None:
         if self.keep_last == -1:
             return
         there = checkpoints.checkpoints_of(folder)
         best = checkpoints.best_of(there, self.keep_best, largest=self.mode == "max")
         for checkpoint in there[self.keep_last :]:
-            if checkpoint not in best:
+            if checkpoint not in best and checkpoint != self.last_saved:
                 checkpoints.remove(checkpoint)
 
     @override
@@ -263,6 +297,7 @@ class ExactResume(Callback):
             "batches_that_stepped": trainer.fit_loop.epoch_loop._batches_that_stepped,  # noqa: SLF001
             "alerts_bytes": alerts.stat().st_size if alerts is not None and alerts.exists() else 0,
             "digests": self._digests(),
+            "stopped": trainer.should_stop,
         }
         if self._settle is not None:
             self._settle(checkpoint["loops"]["fit_loop"])
@@ -272,6 +307,8 @@ class ExactResume(Callback):
     @override
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Any: as above
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # testing a checkpoint is no resume
         state = checkpoint.get(STATE)
         if state is None:
             logger.warning(
@@ -338,8 +375,8 @@ def _is_trial(trainer: L.Trainer) -> bool:
 
 
 def _alerts_of(trainer: L.Trainer) -> Path | None:
-    folder = trainer.log_dir
-    return None if folder is None else Path(folder) / ALERTS_FILE
+    folder = trainer.log_dir or trainer.default_root_dir
+    return Path(folder) / ALERTS_FILE if trainer.loggers else None
 
 
 # Lightning resumes from where its own checkpoints are written, in hooks that run before a batch, a validation or an epoch has

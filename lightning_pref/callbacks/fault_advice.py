@@ -168,7 +168,7 @@ class FaultAdvice(Callback):
         if held is not None and held.before_batch > _MOSTLY_WEIGHTS * held.total:
             weights = (
                 "the weights, gradients and optimiser alone fill most of the memory, so first train adapters "
-                "(`--model.lora.r 16`) or spread them over several GPUs (`--trainer.strategy fsdp`)"
+                "(`--model.lora.r 16`) or spread them over several GPUs (`--trainer.strategy fsdp2`)"
             )
             cures.insert(0, weights)
         return (

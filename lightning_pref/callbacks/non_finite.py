@@ -115,9 +115,11 @@ class NonFiniteGuard(Diagnostic):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Before all others that look at gradients, wherever the user has put it; and schedules go on before they are logged.
         there: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it outside __init__
-        there.remove(self)
-        others = [place for place, callback in enumerate(there) if isinstance(callback, (Diagnostic, LearningRateMonitor))]
-        there.insert(min(others, default=len(there)), self)
+        others = [c for c in there if isinstance(c, (Diagnostic, LearningRateMonitor)) and c is not self]
+        first = min((there.index(other) for other in others), default=len(there))
+        if there.index(self) > first:  # never back: Lightning is going through this list, and would leave one out
+            there.remove(self)
+            there.insert(first, self)
 
     @override
     def start(self, host: Host) -> None:

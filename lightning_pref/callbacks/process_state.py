@@ -40,7 +40,8 @@ def keeps_place(trainer: L.Trainer) -> bool:
     if datamodule is not None and type(datamodule).state_dict is not L.LightningDataModule.state_dict:
         return True
     flat = [] if loaders is None else loaders.flattened
-    if flat and all(callable(getattr(loader, "load_state_dict", None)) for loader in flat):
+    # Of a loader without a length Lightning takes a batch ahead, which its state counts as done.
+    if flat and all(callable(getattr(loader, "load_state_dict", None)) and hasattr(loader, "__len__") for loader in flat):
         return True
     # No generator of its own: the order is drawn from the global random numbers when an epoch begins.
     shuffles = any(isinstance(s := getattr(loader, "sampler", None), RandomSampler) and s.generator is None for loader in flat)

@@ -14,13 +14,15 @@ from torch import Tensor
 
 # What a clock decides, by the beginning or the end of its name.
 _TIMED_STARTS = ("throughput/", "time/")
-_TIMED_ENDS = ("/time_share", "/skipped")
+_TIMED_ENDS = ("/time_share",)
 _TIMED_STATE = ("budget",)
 
 
 def is_timed(name: str) -> bool:
     """Whether a quantity is a matter of the clock, and differs from run to run."""
-    return name.startswith(_TIMED_STARTS) or name.endswith(_TIMED_ENDS) or name in _TIMED_STATE
+    # A probe leaves measurements out by the clock; others skip by what they see.
+    skips = name.startswith("probe/") and name.endswith("/skipped")
+    return skips or name.startswith(_TIMED_STARTS) or name.endswith(_TIMED_ENDS) or name in _TIMED_STATE
 
 
 def whole_state(checkpoint: Path) -> dict[str, Any]:  # Any: what a checkpoint holds

@@ -73,7 +73,11 @@ def verify_resume(
         "--checkpoint.every_n_epochs=null",
         "--checkpoint.every_minutes=null",
         "--checkpoint.keep_last=-1",
+        "--checkpoint.at_end=true",
+        "--checkpoint.dirpath=null",
+        "--trainer.enable_checkpointing=null",
         "--run.export=false",
+        "--run.resume=null",
     ]
     try:
         _say(f"{name}: {2 * updates} updates without interruption")

@@ -381,8 +381,9 @@ class PreferenceData(L.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
-        self._place = resumed_place(state_dict)
-        self._go_on()
+        if self.trainer is None or self.trainer.state.fn == "fit":  # testing a checkpoint is no resume
+            self._place = resumed_place(state_dict)
+            self._go_on()
 
 
 def resumed_place(state_dict: Mapping[str, Any]) -> RunPlace:  # Any: as above

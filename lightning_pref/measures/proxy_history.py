@@ -124,12 +124,12 @@ class ProxyHistory(Metric):
         freedom, reward_squares, length_squares, products = self.within
         correlation = products / (reward_squares * length_squares).sqrt()
         return {
-            "proxy_gain": (now["proxy"] - start["proxy"][0]) / start["proxy"][1],
-            "gold_gain": (now["gold"] - start["gold"][0]) / start["gold"][1],
-            "gold_drop": drop / start["gold"][1],
+            "proxy_gain": _over(now["proxy"] - start["proxy"][0], start["proxy"][1]),
+            "gold_gain": _over(now["gold"] - start["gold"][0], start["gold"][1]),
+            "gold_drop": _over(drop, start["gold"][1]),
             "gold_drop_errors": torch.where(drop > 0, drop / drop_error, drop),
-            "uncertainty_growth": now["uncertainty"] / start["uncertainty"][0],
-            "length_growth": now["length"] / start["length"][0],
+            "uncertainty_growth": _over(now["uncertainty"], start["uncertainty"][0]),
+            "length_growth": _over(now["length"], start["length"][0]),
             "length_correlation": torch.where(freedom >= MIN_CORRELATION_FREEDOM, correlation, torch.nan),
             "distance": now["kl"].clamp(min=0.0).sqrt(),
             "means": means,
@@ -145,7 +145,9 @@ class ProxyHistory(Metric):
             update: Updates done when it was made.
         """
         found = torch.stack([report["means"], report["deviations"]], 1)
-        self.first = torch.where(self.first.isnan(), found, self.first)
+        # Rewards that were all equal at first have no unit yet; that of the first report with a spread counts.
+        unknown = torch.stack([self.first[:, 0].isnan(), ~(self.first[:, 1] > 0)], 1)
+        self.first = torch.where(unknown, found, self.first)
         self.recent = self._recent_with(torch.stack([report[name] for name in _COLUMNS]))
         smooth = _smoothed(self.recent)
         is_higher = smooth[1].isfinite() & ~(smooth[1] <= self.peak[1])
@@ -199,3 +201,8 @@ def _within_prompts(rewards: Tensor, lengths: Tensor, prompt_ids: Tensor) -> Ten
     reward, length = torch.where(finite, known - means[:, slots], 0.0)
     freedom = (counts - 1).clamp(min=0.0).sum()
     return torch.stack([freedom, reward.square().sum(), length.square().sum(), (reward * length).sum()])
+
+
+def _over(value: Tensor, unit: Tensor) -> Tensor:
+    """A value in a unit, `nan` where the unit is 0 or not known."""
+    return torch.where(unit > 0, value / unit, torch.nan)

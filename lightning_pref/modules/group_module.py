@@ -124,6 +124,7 @@ class GroupModule(L.LightningModule):
         self.num_updates = 0  # executed; a step that a loss scaler skips is none
         self._last_step_updated = True
         self._logged_at = 0
+        self._goes_on_from: int | None = None  # where a run that goes on had logged last
         self._sharding: Sharding | None = None
 
     @property
@@ -327,7 +328,8 @@ class GroupModule(L.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        self._logged_at = self.num_updates
+        self._logged_at = self.num_updates if self._goes_on_from is None else self._goes_on_from
+        self._goes_on_from = None
         self._whole = ()
 
     @override
@@ -363,11 +365,12 @@ class GroupModule(L.LightningModule):
 
     def rank_state(self) -> dict[str, Any]:  # Any: plain data and tensors
         """What this process has counted since the last report, for an exact resume."""
-        return {"train_means": self.train_means.partial()}
+        return {"train_means": self.train_means.partial(), "logged_at": self._logged_at}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:  # Any: as above
         """Take up what `rank_state` gave."""
         self.train_means.take_up(state["train_means"])
+        self._goes_on_from = int(state["logged_at"])
 
     def reported(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is logged of the means of the metrics."""

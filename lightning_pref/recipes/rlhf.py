@@ -84,8 +84,9 @@ class StageResults(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(self.results, step=trainer.global_step)
+        if trainer.global_step == 0:  # a run that goes on has said it
+            for logger in trainer.loggers:
+                logger.log_metrics(self.results, step=0)
 
 
 def watching(config: Namespace) -> list[Callback]:
@@ -101,9 +102,11 @@ def stage_results(reward: Any) -> list[Callback]:  # Any: whatever `--data.rewar
     summary = Path(reward).parent / "summary.json"
     if not summary.exists():
         return []
-    metrics = json.loads(summary.read_text(encoding="utf-8"))["metrics"]
-    found = metrics.get("val/rewards/accuracies")
-    return [] if found is None else [StageResults({ACCURACY: float(found["last"])})]
+    try:
+        found = float(json.loads(summary.read_text(encoding="utf-8"))["metrics"]["val/rewards/accuracies"]["last"])
+    except (ValueError, KeyError, TypeError):
+        return []  # somebody else's file of that name
+    return [StageResults({ACCURACY: found})]
 
 
 def work_of(batch: Any) -> Work:  # Any: batches of RolloutData

@@ -247,7 +247,10 @@ def load_reward(
     check_reward(spec)
     if isinstance(spec, Mapping):
         terms = [
-            (float(weight), load_reward(name, tokenization, how=how, flaw=flaw, dtype=dtype, batch_size=batch_size))
+            (
+                float(weight),
+                load_reward(name, tokenization, how=how, coefficient=coefficient, flaw=flaw, dtype=dtype, batch_size=batch_size),
+            )
             for name, weight in spec.items()
             if weight
         ]

@@ -357,8 +357,9 @@ class RolloutData(L.LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
-        self._place = resumed_place(state_dict)
-        self._go_on()
+        if self.trainer is None or self.trainer.state.fn == "fit":  # testing a checkpoint is no resume
+            self._place = resumed_place(state_dict)
+            self._go_on()
 
     def rank_state(self) -> dict[str, Any]:  # Any: plain data and tensors
         """The rollout of this process that is being trained on, for an exact resume in its middle."""

@@ -193,6 +193,63 @@ def test_another_configuration_is_taken_and_said(tmp_path: Path, caplog: pytest.
     assert "The configuration is not the one of the checkpoint" in caplog.text
 
 
+def test_going_back_to_an_earlier_checkpoint_leaves_the_other_branch_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, dpo)
+    expected = metrics_rows(folder)
+    resume = checkpoints_by_step(folder)[4]
+    keeper = ExactResume(str(folder / "checkpoints"), every_n_updates=1, every_n_epochs=None, keep_last=1)
+    run(folder, dpo, resume=resume, more=[keeper], max_steps=6)
+    assert max(checkpoints_by_step(folder)) == 6, "a restart takes the branch that the metrics are of"
+    run(folder, dpo, resume=checkpoints_by_step(folder)[6])
+    assert metrics_rows(folder) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_validating_a_checkpoint_is_no_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, dpo, max_steps=3)
+    module, data, _ = dpo(folder)
+    keeper = ExactResume(str(folder / "checkpoints"))
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[keeper], enable_progress_bar=False, enable_checkpointing=False, max_steps=2
+    )
+    trainer.validate(module, data, ckpt_path=str(checkpoints_by_step(folder)[3]), weights_only=True, verbose=False)
+    assert keeper._loaded is None and data._place is None
+
+
+class StopsAfter(Callback):
+    """Ends training after so many micro-batches, as a timer does."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches -= 1
+        trainer.should_stop = trainer.should_stop or self.batches == 0
+
+
+def test_C2_training_that_is_stopped_inside_a_window_goes_on_from_before_it(tmp_path: Path) -> None:
+    for name, stops in (("whole", []), ("parts", [StopsAfter(3)])):
+        run(tmp_path / name, dpo, more=stops, **ACCUMULATED)
+    assert sorted(checkpoints_by_step(tmp_path / "parts")) == [1]
+    run(tmp_path / "parts", dpo, resume=checkpoints_by_step(tmp_path / "parts")[1], **ACCUMULATED)
+    ends = [checkpoint(checkpoints_of(tmp_path / name / "checkpoints")[0]) for name in ("whole", "parts")]
+    assert first_difference(*ends) is None
+
+
+def test_what_a_callback_has_stopped_stays_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(folder, dpo, more=[StopsAfter(3)])
+    rows, end = metrics_rows(folder), max(checkpoints_by_step(folder))
+    run(folder, dpo, resume=checkpoints_by_step(folder)[end])
+    assert max(checkpoints_by_step(folder)) == end == 3
+    assert [row for row in metrics_rows(folder) if "loss" in row] == [row for row in rows if "loss" in row]
+
+
 class AsksForTheLength(Callback):
     """Lightning loads the loaders early to answer, and forgets what it has loaded into them."""
 
@@ -298,6 +355,23 @@ def test_a_loader_without_a_place_is_saved_between_epochs_only(tmp_path: Path, c
     assert sorted(places) == [5, 10]
     found = foreign(tmp_path / "rest", DataLoader, places[5])
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+class Endless(torch.utils.data.IterableDataset[Tensor]):
+    """Rows without a number of them."""
+
+    @override
+    def __iter__(self) -> Any:  # Any: an iterator of rows
+        return iter(list(pair_rows(8)))
+
+
+def test_data_without_a_length_is_refused(tmp_path: Path) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, callbacks=[ExactResume(str(tmp_path))], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the training data has no length. Give it one by `limit_train_batches=N`"):
+        trainer.fit(Foreign(), DataLoader(Endless(), batch_size=2))
 
 
 def checkpoints_by_folder(folder: Path) -> dict[int, Path]:
