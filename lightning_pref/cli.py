@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lightning_pref.arguments import PlainErrors, RecipeParser
-from lightning_pref.callbacks import ExactResume, FaultAdvice, GoldReward, LostUpdateMeter, NonFiniteGuard, Throughput
+from lightning_pref.callbacks import ExactResume, FaultAdvice, GoldReward, NonFiniteGuard, Throughput
 from lightning_pref.callbacks.hosts import ALERTS_FILE
 from lightning_pref.callbacks.lost_updates import meter_for
 from lightning_pref.callbacks.throughput import Work, group_work
@@ -209,7 +209,6 @@ class RecipeCLI(LightningCLI):
             StartLine(self.recipe.name, self.folder),
             NonFiniteGuard(),
             FaultAdvice(),
-            *([LostUpdateMeter()] if _has_narrow_weights(self.config) else []),
             Throughput(self.recipe.work),
             *self.recipe.callbacks(self.config),
             *meter_for(asked.precision, self.config.model.loading.dtype, asked.strategy),
@@ -333,12 +332,6 @@ def _flag(arg: str, lists: Collection[str]) -> str:
     name, equals, value = arg.partition("=")
     plain = name[2:].replace("-", "_")
     return f"--{plain}{'+' if plain in lists else ''}{equals}{value}"
-
-
-def _has_narrow_weights(config: Namespace) -> bool:
-    """Whether weights are trained in 16 bits, which swallow small updates."""
-    # Mixed precision keeps them in 32; a base that is only loaded in 16 bits may be frozen under an adapter.
-    return str(config.trainer.precision) in ("bf16-true", "16-true") or config.model.loading.dtype in ("bfloat16", "float16")
 
 
 def _check_devices(asked: Namespace) -> None:

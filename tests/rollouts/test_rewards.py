@@ -129,6 +129,7 @@ def test_an_ensemble_of_folders_and_of_heads_is_aggregated(tmp_path: Path, how: 
     assert torch.allclose(found, ensemble_reward(members, how, coefficient), atol=1e-5)
     found = load(str(heads), how=how, coefficient=coefficient)(answers)
     assert torch.allclose(found, ensemble_reward(plain_scores(heads, answers), how, coefficient), atol=1e-5)
+    assert torch.equal(load({str(heads): 1.0}, how=how, coefficient=coefficient)(answers), found), "as a term of a sum, too"
 
 
 def test_an_aggregate_of_one_member_is_refused(tmp_path: Path) -> None:
