@@ -70,13 +70,13 @@ def test_a_reward_model_with_a_taste_for_length_is_hacked_and_both_the_monitor_a
         f"--data.reward={stages.judge}",
         "--model.kl.coefficient=0.02",
         "--data.num_samples=8",
-        "--data.playground.num_rows=168",
+        "--data.playground.num_rows=240",
         "--trainer.log_every_n_steps=3",
     )
     metrics = result.metrics
     assert metrics["reward/mean"].last > metrics["reward/mean"].first, "the proxy rises"
     assert metrics["reward/gold"].last < metrics["reward/gold"].first - 0.1, "what it stands for falls"
-    # A fifth in 21 rollouts, on the way to the cap.
+    # A fifth in 21 rollouts, and more in these 30.
     assert metrics["response/length"].last > 1.1 * metrics["response/length"].first, "it pays for words"
     assert metrics["overoptimization/gold_drop"].last > 0.4
     assert metrics["overoptimization/distance"].last > 2.0
