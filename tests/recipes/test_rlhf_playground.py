@@ -63,34 +63,6 @@ def run(stages: Stages, name: str, *flags: str) -> RunResult:
 
 
 @pytest.mark.timeout(300)
-def test_a_reward_model_with_a_taste_for_length_is_hacked_and_both_the_monitor_and_the_ensemble_show_it(stages: Stages) -> None:
-    result = run(
-        stages,
-        "hacked",
-        f"--data.reward={stages.judge}",
-        "--model.kl.coefficient=0.02",
-        "--data.num_samples=8",
-        "--data.playground.num_rows=240",
-        "--trainer.log_every_n_steps=3",
-    )
-    metrics = result.metrics
-    assert metrics["reward/mean"].last > metrics["reward/mean"].first, "the proxy rises"
-    assert metrics["reward/gold"].last < metrics["reward/gold"].first - 0.1, "what it stands for falls"
-    # A fifth in 21 rollouts, and more in these 30.
-    assert metrics["response/length"].last > 1.1 * metrics["response/length"].first, "it pays for words"
-    assert metrics["overoptimization/gold_drop"].last > 0.4
-    assert metrics["overoptimization/distance"].last > 2.0
-    assert metrics["overoptimization/uncertainty_growth"].last > 2.0
-    assert metrics["reward/uncertainty"].last > 2.0 * metrics["reward/uncertainty"].first
-    alerts = {alert["name"]: alert for alert in map(json.loads, (result.folder / "alerts.jsonl").read_text().splitlines())}
-    falls = alerts["overoptimization/gold_falls"]
-    assert falls["level"] == "critical"
-    assert "The gold reward was highest" in falls["evidence"]
-    assert "`kl.coefficient`" in falls["advice"]
-    assert "`aggregate: wco`" in alerts["overoptimization/disagreement"]["advice"]
-
-
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", known_presets())
 def test_every_preset_runs_on_the_playground_with_a_learned_reward(stages: Stages, name: str) -> None:
     result = run(
