@@ -67,14 +67,15 @@ class RecipeParser(PlainErrors, LightningArgumentParser):
 
 
 def check_groups(config: Namespace, flags: Sequence[str]) -> None:
-    """Raise where a single value stands for a whole group of settings, which jsonargparse lets pass."""
+    """Raise where a single value, or nothing, stands for a whole group of settings, which jsonargparse lets pass."""
     names = [flag.removeprefix("--").split(".") for flag in flags if not flag.endswith(".help")]
     for group in dict.fromkeys(".".join(parts[:end]) for parts in names for end in range(1, len(parts))):
-        value = config.get(group)
-        if value is not None and not isinstance(value, Namespace | dict):
+        value = config.get(group, {})
+        if not isinstance(value, Namespace | dict):
             within = [flag for flag in flags if flag.startswith(f"--{group}.")]
+            found = "null" if value is None else _shortened(repr(value))
             raise ValueError(
-                f"`--{group}`: got {_shortened(repr(value))}; expected a group of settings: {_shortened(', '.join(within))}. "
+                f"`--{group}`: got {found}; expected a group of settings: {_shortened(', '.join(within))}. "
                 "Set those that you mean, or leave the group out."
             )
 

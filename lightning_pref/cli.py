@@ -167,7 +167,8 @@ class RecipeCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        self.folder = Path(self.config.run.root) / self.recipe.name / run_name(self.config.run.name)
+        runs = Path(self.config.run.root) / self.recipe.name
+        self.folder = runs / run_name(self.config.run.name, runs)
         self.claim = RunFolder(self.folder, resumes=self.config.run.resume is not None)
         warn_of_restarts()
         self.checkpoint = resume_point(self.config.run.resume, self.folder, self._checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import socket
 import sys
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakSet
@@ -24,17 +26,32 @@ START_FILES = ("config.yaml", "hparams.yaml", "events.out.tfevents.*", LOCK_FILE
 logger = logging.getLogger(__name__)
 
 
-def run_name(asked: str | None) -> str:
-    """The name of this run: what the user asked for, else date and time, the same in every process of the run."""
+def run_name(asked: str | None, root: Path) -> str:
+    """The name of this run: what the user asked for, else date and time, the same in every process of the run.
+
+    Args:
+        asked: By the user.
+        root: Where the folders of the recipe's runs lie. Of two runs that begin in the same second one takes the next number.
+    """
     if asked is not None:
         return asked
-    if (processes := processes_from_outside()) > 1 and RUN_NAME_VARIABLE not in os.environ:
+    if RUN_NAME_VARIABLE in os.environ:
+        return os.environ[RUN_NAME_VARIABLE]
+    if (processes := processes_from_outside()) > 1:
         raise ValueError(
             f"This run has {processes} processes that were started from outside (torchrun, SLURM), and each would make up "
             "a run name of its own. Name the run: `--run.name my-run`."
         )
+    _refuse_unspeakable(root)
     # Digits alone: `%b` and its like would follow the locale.
-    return os.environ.setdefault(RUN_NAME_VARIABLE, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for name in (now if number == 1 else f"{now}-{number}" for number in count(1)):
+        # Only one of several processes makes a folder.
+        with contextlib.suppress(FileExistsError):
+            (root / name).mkdir(parents=True)
+            break
+    os.environ[RUN_NAME_VARIABLE] = name
+    return name
 
 
 def processes_from_outside() -> int:

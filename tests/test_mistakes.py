@@ -13,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from rollouts import speaker
+from speakers import PairRegression, quiet_trainer
 from transformers import LlamaForCausalLM
+from typing_extensions import override
 
 from lightning_pref.__main__ import main
 from lightning_pref.arguments import check_config, plain
@@ -83,6 +86,7 @@ def test_a_mistake_on_the_command_line_says_what_was_found_and_what_to_do(
         (b"a: \x00", r"special characters are not allowed"),
         (b"model: !!python/object/apply:os.system ['touch harm']", r"line 1, column 8: could not determine a constructor"),
         (b"model: 3\n", r"`--model`: got 3; expected a group of settings: --model"),
+        (b"model: {optimizer: null}\n", r"`--model.optimizer`: got null; expected a group of settings: --model.optimizer"),
         (b"model:\n  bta: 0.1\n", r"no option `--model.bta`. Did you mean `--model.beta`"),
         (b"modle:\n  beta: 0.1\n", r"no option `--modle.beta`. Did you mean `--model.beta`"),
         (b"[" * 1500, r"my.yaml is nested too deeply"),
@@ -161,6 +165,16 @@ def test_a_fault_inside_a_function_of_the_users_keeps_its_traceback() -> None:
 
     with pytest.raises(ValueError, match="my own"), mistakes_in_one_paragraph():
         of_the_user()
+
+
+def test_a_fault_of_the_users_own_loader_keeps_its_traceback_although_lightning_asked_for_it() -> None:
+    class Broken(L.LightningDataModule):
+        @override
+        def train_dataloader(self) -> object:
+            raise ValueError("of mine")
+
+    with pytest.raises(ValueError, match="of mine"), mistakes_in_one_paragraph():
+        quiet_trainer(max_epochs=1).fit(PairRegression(), Broken())
 
 
 def test_a_first_stage_that_ends_the_run_is_explained_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import pytest
+from gloo_ranks import free_port
 from jsonargparse import Namespace
-from launched_runs import check_same_as_alone, free_port, prepare, run_alone, shared, start
+from launched_runs import check_same_as_alone, prepare, run_alone, shared, start
 
 from lightning_pref.recipes import dpo
 from lightning_pref.recipes.playground import earlier_stage
@@ -37,7 +38,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 def launched_by(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of a process that nothing has started."""
     for name in (*LAUNCHERS, *TORCHRUN):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # what a test sets is taken back at its end, also where nothing stood before
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
@@ -87,14 +89,16 @@ def test_N2_two_tasks_of_slurm_do_what_one_process_does(alone: Alone) -> None:
     assert "".join(said).count("run folder   ") == 1
 
 
-def test_tasks_of_slurm_need_a_name_for_the_run_and_an_interactive_shell_does_not(launched_by: pytest.MonkeyPatch) -> None:
+def test_tasks_of_slurm_need_a_name_for_the_run_and_an_interactive_shell_does_not(
+    launched_by: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     launched_by.setenv("SLURM_NTASKS", "4")
     launched_by.setenv("SLURM_JOB_NAME", "train")
     with pytest.raises(ValueError, match=r"This run has 4 processes .*\(torchrun, SLURM\).* `--run\.name my-run`"):
-        run_name(None)
-    assert run_name("mine") == "mine"
+        run_name(None, tmp_path)
+    assert run_name("mine", tmp_path) == "mine"
     launched_by.setenv("SLURM_JOB_NAME", "bash")
-    assert run_name(None).replace("-", "").isdigit()
+    assert run_name(None, tmp_path).replace("-", "").isdigit()
 
 
 def test_restarts_that_would_fail_are_warned_of_once(launched_by: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
-from lightning_pref.run_folder import LOCK_FILE, RunFolder, is_first_process, run_name
+from lightning_pref import run_folder
+from lightning_pref.run_folder import LOCK_FILE, RUN_NAME_VARIABLE, RunFolder, is_first_process, run_name
 
 LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE")
 
@@ -103,15 +106,38 @@ def test_only_the_first_process_of_a_run_claims(
     held.release()
 
 
-def test_a_run_name_is_digits_whatever_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LIGHTNING_PREF_RUN_NAME", raising=False)
-    monkeypatch.setenv("LIGHTNING_PREF_RUN_NAME", "")  # so that what is set below is taken back
-    monkeypatch.delenv("LIGHTNING_PREF_RUN_NAME")
-    name = run_name(None)
+@pytest.fixture
+def unnamed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process in which no run has a name yet."""
+    monkeypatch.setenv(RUN_NAME_VARIABLE, "")  # so that what is set below is taken back
+    monkeypatch.delenv(RUN_NAME_VARIABLE)
+    return monkeypatch
+
+
+def test_a_run_name_is_digits_whatever_the_locale(unnamed: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = run_name(None, tmp_path)
     day, _, second = name.partition("-")
     assert (len(day), len(second)) == (8, 6)
     assert (day + second).isdecimal()
-    assert run_name(None) == name  # whatever the clock does meanwhile
+    assert run_name(None, tmp_path) == name  # whatever the clock does meanwhile
+
+
+def test_runs_that_begin_in_the_same_second_have_a_folder_each(unnamed: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Noon(datetime):
+        @classmethod
+        @override
+        def now(cls, tz: tzinfo | None = None) -> Noon:
+            return cls(2026, 1, 2, 12)
+
+    unnamed.setattr(run_folder, "datetime", Noon)
+    names, claims = [], []
+    for _ in range(3):
+        unnamed.delenv(RUN_NAME_VARIABLE, raising=False)
+        names.append(run_name(None, tmp_path / "runs"))
+        claims.append(RunFolder(tmp_path / "runs" / names[-1], resumes=False))
+    assert names == ["20260102-120000", "20260102-120000-2", "20260102-120000-3"]
+    for claim in claims:
+        claim.release()
 
 
 @pytest.mark.slow
@@ -131,7 +157,10 @@ def test_a_forked_worker_does_not_keep_the_claim_of_its_killed_parent(tmp_path: 
         process.wait()
         try:
             os.kill(int(child), 0)  # it lives
-            RunFolder(tmp_path, resumes=True).release()
+            claim = RunFolder(tmp_path, resumes=True)
+            with pytest.raises(ValueError, match=f"process {os.getpid()} on "):
+                RunFolder(tmp_path, resumes=True)
+            claim.release()
         finally:
             os.kill(int(child), signal.SIGKILL)
 
