@@ -65,6 +65,12 @@ class PlainErrors(ArgumentParser):
 class RecipeParser(PlainErrors, LightningArgumentParser):
     """The parser of a recipe."""
 
+    @override
+    def format_help(self, *args: Any) -> str:
+        # The recipe's own flags first; those of the Trainer are known, and are many.
+        self._action_groups = sorted(self._action_groups, key=lambda group: group is (self.groups or {}).get("trainer"))
+        return super().format_help(*args)
+
 
 def check_groups(config: Namespace, flags: Sequence[str]) -> None:
     """Raise where a single value, or nothing, stands for a whole group of settings, which jsonargparse lets pass."""

@@ -27,6 +27,7 @@ from lightning_pref.callbacks.throughput import Work, group_work
 from lightning_pref.checkpoints import read_manifest
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.playground_source import is_playground
+from lightning_pref.help_text import ENDING, PlainHelp
 from lightning_pref.mistakes import mistakes_in_one_paragraph, without_debug
 from lightning_pref.models.presets import is_preset
 from lightning_pref.modules.group_module import GroupModule
@@ -72,6 +73,7 @@ class Recipe(NamedTuple):
     module: type[GroupModule]
     defaults: dict[str, Any]  # Any: values of any flag, by its name
     headline: Sequence[str]  # metrics of the closing table
+    about: str | None  # what `--help` begins with
     # Run before anything is built; may change the configuration (a first stage that trains the model to start from).
     before: Callable[[Namespace, Path], None] = lambda config, folder: None
     # Further callbacks for this configuration.
@@ -132,7 +134,13 @@ class RecipeCLI(LightningCLI):
                 seed_everything_default=0,
                 save_config_callback=RunConfig,
                 save_config_kwargs={"save_to_log_dir": False},
-                parser_kwargs={"prog": f"python -m lightning_pref.recipes.{recipe.name}", "epilog": DEBUG_HELP},
+                parser_kwargs={
+                    "prog": f"python -m lightning_pref.recipes.{recipe.name}",
+                    "usage": "%(prog)s [--config FILE] [--FLAG VALUE ...]",
+                    "description": recipe.about,
+                    "epilog": f"{ENDING} {DEBUG_HELP}",
+                    "formatter_class": PlainHelp,
+                },
                 run=False,
                 auto_configure_optimizers=False,
                 args=list(args),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Final, NoReturn
 
 import lightning as L
@@ -50,6 +50,7 @@ FILE_FAULTS: Final = {
 
 # Where whole errors are a user's: by function and file, with the words before what was found.
 _TRAINER: Final = Path(L.__file__).parent / "pytorch" / "trainer" / "trainer.py"
+_LOOPS: Final = Path(L.__file__).parent / "pytorch" / "loops"
 _TORCH_LOAD: Final = Path(torch.__file__).parent / "serialization.py"
 
 _shows_tracebacks: ContextVar[bool] = ContextVar("shows_tracebacks", default=False)
@@ -215,12 +216,17 @@ def _said_by_us(error: Exception) -> str | None:
     """What this package raises on purpose is written for the user; what Python raises at a line of it is a fault of ours."""
     if not isinstance(error, ValueError | TypeError | OSError | ImportError):
         return None
+    code = _raised_in(error)
+    return str(error) if code is not None and Path(code.co_filename).is_relative_to(PACKAGE) else None
+
+
+def _raised_in(error: Exception) -> CodeType | None:
+    """The function with the `raise` that an error comes from; `None` for what Python raises by itself."""
     frames = _frames(error)
     if not frames:
         return None
     code, instruction = frames[-1].tb_frame.f_code, frames[-1].tb_lasti
-    is_statement = dis.opname[code.co_code[instruction]] in ("RAISE_VARARGS", "RERAISE")
-    return str(error) if is_statement and Path(code.co_filename).is_relative_to(PACKAGE) else None
+    return code if dis.opname[code.co_code[instruction]] in ("RAISE_VARARGS", "RERAISE") else None
 
 
 def _argument(error: Exception) -> str | None:
@@ -229,12 +235,17 @@ def _argument(error: Exception) -> str | None:
 
 
 def _trainer_setting(error: Exception) -> str | None:
-    """Lightning refuses a setting of the Trainer."""
+    """Lightning refuses a setting of the Trainer, by itself or beside the data of the run."""
     building = any(
         frame.tb_frame.f_code.co_name == "__init__" and Path(frame.tb_frame.f_code.co_filename) == _TRAINER
         for frame in _frames(error)
     )
-    if isinstance(error, MisconfigurationException) or (building and isinstance(error, ValueError | TypeError | ImportError)):
+    code = _raised_in(error)
+    meeting_data = code is not None and code.co_name == "setup_data" and Path(code.co_filename).is_relative_to(_LOOPS)
+    refuses = (building and isinstance(error, ValueError | TypeError | ImportError)) or (
+        meeting_data and isinstance(error, ValueError)
+    )
+    if isinstance(error, MisconfigurationException) or refuses:
         return f"The Trainer cannot be set up so: {error} Change the `--trainer.*` setting it speaks of, or leave it out."
     return None
 

@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,10 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from typing_extensions import override
 
 from lightning_pref.advice import advise
@@ -23,6 +27,8 @@ from lightning_pref.checkpoints import checkpoints_of, is_write_failure
 from lightning_pref.data.datamodule import PreferenceData
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.rollouts.experience import ExperienceBatch
+from lightning_pref.rollouts.lockstep import needs_lockstep
+from lightning_pref.rollouts.rewards import is_model_reward
 from lightning_pref.rollouts.rollout_data import RolloutData
 
 GIB = 2**30
@@ -92,6 +98,7 @@ class FaultAdvice(Callback):
     def __init__(self, size: Callable[[Any], Size | None] = group_size) -> None:  # Any: a batch of the user's own
         self.size = size
         self._phase: Phase = "start"
+        self._phase_before: Phase = "start"  # a validation
         self._batch: Size | None = None
         self._most = 0  # tokens of the largest batch that went through
         self._held_before = 0
@@ -134,7 +141,7 @@ class FaultAdvice(Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._phase = "validation"
+        self._phase_before, self._phase = self._phase, "validation"
 
     @override
     def on_validation_batch_start(
@@ -144,7 +151,7 @@ class FaultAdvice(Callback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._phase = "between"
+        self._phase = self._phase_before
 
     # Telling.
 
@@ -157,20 +164,19 @@ class FaultAdvice(Callback):
             is_explained = isinstance(exception, OSError) and failure is not exception
             folder = Path(trainer.default_root_dir)
             advise(exception, str(exception) if is_explained else _disk_text(folder, failure))
-        self.teardown(trainer, pl_module, "fit")
+        self.teardown(trainer, pl_module, TrainerFn.FITTING)
 
     def _memory_text(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> str:
         known = self._phase in ("batch", "validation") and self._batch is not None
         size = f" of {self._batch.text()}" if known and self._batch is not None else ""
         held = self._held(pl_module.device)
         went_through = f" The largest training batch that went through had {self._most} tokens." if self._most else ""
-        cures = [*self._smaller(trainer), "switch gradient checkpointing on (`--model.gradient_checkpointing true`)"]
+        cures = self._smaller(trainer)
+        # Only a backward pass needs activations.
+        if self._phase == "batch" and not recomputes_activations(pl_module):
+            cures.append("switch gradient checkpointing on (`--model.gradient_checkpointing true`)")
         if held is not None and held.before_batch > _MOSTLY_WEIGHTS * held.total:
-            weights = (
-                "the weights, gradients and optimiser alone fill most of the memory, so first train adapters "
-                "(`--model.lora.r 16`) or spread them over several GPUs (`--trainer.strategy fsdp2`)"
-            )
-            cures.insert(0, weights)
+            cures = [*fewer_weights(pl_module, is_split=needs_lockstep(trainer.strategy)), *cures]
         return (
             f"Out of memory {_PLACES[self._phase]}{size}{_asked(exception)}. {_held_text(held)}{went_through} "
             f"What helps, the likeliest first: {'; '.join(cures)}."
@@ -187,13 +193,9 @@ class FaultAdvice(Callback):
         data: object = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it outside __init__
         accumulate = trainer.accumulate_grad_batches
         if isinstance(data, RolloutData):
-            if self._phase != "batch":
-                return [
-                    f"decode fewer responses together (`--data.max_rows {max(1, data.max_rows // 2)}`)",
-                    f"score fewer at a time (`--data.reward_batch_size {max(1, data.reward_batch_size // 2)}`)",
-                    f"sample fewer to a prompt (`--data.num_samples {max(2, data.num_samples // 2)}`)",
-                ]
-            return [f"cut an update into more micro-batches (`--trainer.accumulate_grad_batches {2 * accumulate}`)"]
+            # What a rollout or a validation reads goes by the micro-batches, too.
+            smaller = f"cut an update into more micro-batches (`--trainer.accumulate_grad_batches {2 * accumulate}`)"
+            return [smaller] if self._phase == "batch" else [*_fewer_samples(data, held_out=self._phase == "validation"), smaller]
         if self._batch is None or not isinstance(data, PreferenceData):
             return ["give smaller batches"]
         batch = self._batch
@@ -211,6 +213,47 @@ class FaultAdvice(Callback):
         if batch.rows == 1 or batch.longest > fits:
             found.append(f"shorter rows (`--data.max_length {max(1, batch.longest // 2)}`)")
         return found
+
+
+def _fewer_samples(data: RolloutData, *, held_out: bool) -> list[str]:
+    """Settings by which fewer responses are decoded or scored at a time, where they would change anything.
+
+    Args:
+        data: Whose settings.
+        held_out: Whether in validation.
+    """
+    num_samples, setting, fewest = data.num_samples, "--data.num_samples", 2
+    if held_out:
+        num_samples, setting, fewest = data.val_sampling.num_samples, "--data.val_sampling.num_samples", 1
+    found = []
+    # All responses to a prompt are decoded together, even where they are more than `max_rows`.
+    if data.max_rows >= 2 * num_samples:
+        found.append(f"decode fewer responses together (`--data.max_rows {data.max_rows // 2}`)")
+    rewards = [data.reward_spec, data.gold_spec]
+    specs = [each for spec in rewards if spec is not None for each in (spec if isinstance(spec, Mapping) else [spec])]
+    if data.reward_batch_size > 1 and any(map(is_model_reward, specs)):
+        found.append(f"score fewer at a time (`--data.reward_batch_size {data.reward_batch_size // 2}`)")
+    if num_samples > fewest:
+        found.append(f"sample fewer to a prompt (`{setting} {max(fewest, num_samples // 2)}`)")
+    return found
+
+
+def recomputes_activations(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in a model of transformers."""
+    return any(part.gradient_checkpointing for part in module.modules() if isinstance(part, GradientCheckpointingLayer))
+
+
+def fewer_weights(module: nn.Module, *, is_split: bool) -> list[str]:
+    """What makes weights, gradients and optimiser smaller on each GPU, of what is not done already.
+
+    Args:
+        module: That is trained.
+        is_split: Whether its weights are split over the processes.
+    """
+    ways = [] if any(isinstance(part, PeftModel) for part in module.modules()) else ["train adapters (`--model.lora.r 16`)"]
+    ways += [] if is_split else ["spread them over several GPUs (`--trainer.strategy fsdp2`)"]
+    first = f"the weights, gradients and optimiser alone fill most of the memory, so first {' or '.join(ways)}"
+    return [first] if ways else []
 
 
 def is_out_of_memory(error: BaseException) -> bool:

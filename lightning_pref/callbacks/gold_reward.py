@@ -31,7 +31,8 @@ class GoldReward(Callback):
     Changes: nothing; the answering function must leave the model and random state as it found them.
 
     Args:
-        prompts: Prompt texts, the same every time.
+        prompts: Prompt texts, the same every time. Several processes share them; one that would have fewer than another
+            answers one more, which counts nowhere.
         answer: `answer(module, prompts)` gives one response text per prompt.
         reward: `reward(prompt, response)`, larger is better.
         every_n_updates: Distance between measurements.
@@ -94,8 +95,11 @@ class GoldReward(Callback):
             return
         self._measured_at = trainer.global_step
         mine = self.prompts[trainer.global_rank :: trainer.world_size]
-        responses = self.answer(pl_module, mine) if mine else []
-        self.last = [Sample(p, r, self.reward(p, r)) for p, r in zip(mine, responses, strict=True)]
+        # Where the weights are split, every forward pass is a joint act: all processes answer equally many prompts.
+        most = -(-len(self.prompts) // trainer.world_size)
+        asked = [*mine, *self.prompts[: most - len(mine)]]
+        answered = list(zip(asked, self.answer(pl_module, asked), strict=True))[: len(mine)]
+        self.last = [Sample(prompt, response, self.reward(prompt, response)) for prompt, response in answered]
         self.first = self.first or self.last
         sums = torch.tensor([sum(s.reward for s in self.last), len(self.last)], dtype=torch.float64)
         sums = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")

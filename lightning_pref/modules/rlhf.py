@@ -16,9 +16,6 @@ from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.domains import check_range
-from lightning_pref.functional.masked import segment_sum
-from lightning_pref.functional.moments import moment_sums
-from lightning_pref.functional.token_rewards import shape_scores
 from lightning_pref.measures.means import WeightedMeans
 from lightning_pref.models.adapters import LoraSettings, add_lora
 from lightning_pref.models.backbones import evaluating
@@ -30,8 +27,9 @@ from lightning_pref.modules.group_module import Loading, sum_over_ranks
 from lightning_pref.modules.objectives import PAIR_METRICS, StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
 from lightning_pref.modules.policy import PolicyModule
-from lightning_pref.modules.rlhf_advantages import Evidence, estimate, over_ranks
-from lightning_pref.modules.rlhf_pairs import best_against_worst, choose_pair_loss
+from lightning_pref.modules.rlhf_advantages import Evidence, estimate
+from lightning_pref.modules.rlhf_collecting import log_ratios, paired_responses, shaped_scores, steer
+from lightning_pref.modules.rlhf_pairs import choose_pair_loss
 from lightning_pref.modules.rlhf_report import RolloutMeans, show_samples
 from lightning_pref.modules.rlhf_settings import (
     AdvantageSettings,
@@ -228,7 +226,7 @@ class RLHFModule(PolicyModule):
         self.token_score.temperature = task.instruments.sampling.temperature
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             found = sample_and_score(self.policy, task)
-            scores = self._shaped(found)
+            scores = shaped_scores(found, self.scores, self.state, self.total)
             self._report(found, task)
             if self.pairs is not None:
                 self._publish(found, task)
@@ -236,7 +234,7 @@ class RLHFModule(PolicyModule):
             tokens = self._remember(found.answers.groups, found.sampled_logps, task)
             self._publish(found, task, tokens.ref_logps)
             needs_kl = self._kl_in_reward or self.is_adaptive
-            kl = _log_ratios(tokens) if needs_kl else None
+            kl = log_ratios(tokens) if needs_kl else None
             evidence = Evidence(
                 scores=scores,
                 response=found.response,
@@ -247,7 +245,7 @@ class RLHFModule(PolicyModule):
             )
             made = estimate(self.algorithm, self.advantage, evidence, self.total)
             if self.is_adaptive and kl is not None:
-                self._steer(kl, found)
+                steer(self.state, kl, found, self.total)
         tokens = tokens._replace(advantages=made.advantages, returns=made.returns)
         if tokens.values is not None and made.returns is not None:
             self.rollout_means.add_values(tokens.values, made.returns, found.weights[found.response])
@@ -259,23 +257,6 @@ class RLHFModule(PolicyModule):
     @property
     def _kl_in_reward(self) -> bool:
         return self.settings.kl_place == "reward" and self.settings.kl_coefficient > 0
-
-    def _shaped(self, found: Collected) -> Tensor:
-        """Scores as the policy is to see them, [R]; `nan` for what counts nowhere."""
-        how = self.scores
-        counted = found.rewards.isfinite() & (found.weights > 0)
-        if how.normalize:
-            self.state.add_scores(over_ranks(moment_sums(found.rewards, counted), self.total))
-        shaped = shape_scores(
-            found.rewards,
-            found.ended,
-            running=self.state.scores if how.normalize else None,
-            shift_mean=how.shift_mean,
-            clip=how.clip,
-            missing_eos_score=how.missing_eos_score,
-            missing_eos_penalty=how.missing_eos_penalty,
-        )
-        return torch.where(counted, shaped, torch.nan)
 
     def _remember(self, groups: Sequence[PromptGroup], sampled_logps: Tensor, task: Task) -> TokenRecord:
         """Log-probs and values of every token before the first update, by the forward that trains."""
@@ -296,25 +277,12 @@ class RLHFModule(PolicyModule):
         joined = {name: torch.cat(values) for name, values in parts.items() if values}
         return TokenRecord(sampled_logps=sampled_logps, **joined)
 
-    def _steer(self, kl: Tensor, found: Collected) -> None:
-        """Move the coefficient of the next rollout by the KL of this one."""
-        sums = segment_sum(kl, found.response, len(found.lengths))
-        total, count = self.total(torch.stack([(found.weights * sums).sum(), found.weights.sum()]))
-        self.state.steer(total / count, count)
-
     def _pair_experience(self, found: Collected, scores: Tensor, task: Task) -> Experience:
-        made = best_against_worst(found.answers.groups, scores.tolist(), seed=task.seed)
-        ends = found.lengths.cumsum(0).tolist()
-        sizes = found.lengths.tolist()
-        spans = [torch.arange(ends[r] - sizes[r], ends[r]) for r in made.places]
-        sampled = found.sampled_logps[torch.cat(spans).to(found.sampled_logps.device)]
-        # Of a dtype of its own: half precision makes its own the default while experience is collected.
-        of_responses = [group.weight for group in made.groups for _ in group.responses]
-        weights = torch.tensor(of_responses, dtype=torch.float32)
+        pairs = paired_responses(found, scores, seed=task.seed)
         return Experience(
-            groups=made.groups,
-            tokens=self._remember(made.groups, sampled, task),
-            weights=weights,
+            groups=pairs.groups,
+            tokens=self._remember(pairs.groups, pairs.sampled_logps, task),
+            weights=pairs.weights,
             temperature=self.token_score.temperature,
             keeps_groups=True,
         )
@@ -381,7 +349,7 @@ class RLHFModule(PolicyModule):
         task = batch.task
         self.token_score.temperature = task.instruments.sampling.temperature
         found = sample_and_score(self.policy, task)
-        kl = held_out_kl(found, self.policy_logps, self.reference, temperature=self.token_score.temperature)
+        kl = held_out_kl(found, task, self.policy_logps, self.reference)
         self.held_out_means.add_validation(found, task, kl)
         if task.num_samples > 1:  # one response to a prompt tells callbacks of rewards nothing
             self._publish(found, task)
@@ -414,9 +382,3 @@ class RLHFModule(PolicyModule):
     def after_update(self) -> None:
         if isinstance(self.reference, EmaReference):
             self.reference.after_update(self.policy)
-
-
-def _log_ratios(tokens: TokenRecord) -> Tensor:
-    """Log-ratio to the reference of each token when it was sampled, [N] nats."""
-    assert tokens.old_logps is not None and tokens.ref_logps is not None, "a tie to the reference has both"
-    return tokens.old_logps - tokens.ref_logps

@@ -12,7 +12,7 @@ from lightning_pref.functional.masked import segment_sum
 from lightning_pref.models.forward import ResponseLogps
 from lightning_pref.models.reference import Reference
 from lightning_pref.modules.rlhf_report import ZERO_SHARE, RolloutMeans
-from lightning_pref.rollouts.collecting import Collected
+from lightning_pref.rollouts.collecting import Collected, chunks
 from lightning_pref.rollouts.experience import Task
 
 KL = "kl"
@@ -45,12 +45,20 @@ class HeldOutMeans(RolloutMeans):
 
 
 def held_out_kl(
-    found: Collected, logps: Callable[[GroupBatch], ResponseLogps], reference: Reference | None, *, temperature: float
+    found: Collected, task: Task, logps: Callable[[GroupBatch], ResponseLogps], reference: Reference | None
 ) -> Tensor | None:
-    """Log-ratio of each response to the reference, [R] nats; `None` without one, and of greedy responses, which are no sample."""
-    if reference is None or temperature == 0:
+    """Log-ratio of each response to the reference, [R] nats; `None` without one, and of greedy responses, which are no sample.
+
+    Args:
+        found: The responses.
+        task: What was asked for. Its plan says in how many batches they are read.
+        logps: Gives the log-probs of a batch under the policy.
+        reference: What the policy is compared with.
+    """
+    if reference is None or task.instruments.sampling.temperature == 0:
         return None
-    device = found.rewards.device
-    batch = GroupBatch.from_groups(found.answers.groups).to(device)
-    out = logps(batch)
-    return segment_sum(out.token_logps - reference.logps(batch), out.response, len(found.rewards)).to(torch.float32)
+    parts = []
+    for batch in chunks(found.answers.groups, task.plan.num_parts, found.rewards.device):
+        out = logps(batch)
+        parts.append(segment_sum(out.token_logps - reference.logps(batch), out.response, len(out.lengths)))
+    return torch.cat(parts).to(torch.float32)

@@ -25,6 +25,7 @@ def monitors(config: Namespace) -> list[Callback]:
 
 RECIPE = Recipe(
     name="dpo",
+    about=__doc__,
     module=DPOModule,
     defaults={"data.train": "playground:preference"},
     headline=(

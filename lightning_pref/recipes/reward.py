@@ -15,6 +15,7 @@ from lightning_pref.recipes.playground_rewards import policy_probe
 
 RECIPE = Recipe(
     name="reward",
+    about=__doc__,
     module=RewardModule,
     defaults={"data.train": "playground:preference"},
     headline=(

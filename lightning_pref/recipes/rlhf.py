@@ -131,6 +131,7 @@ def explain_presets(parser: LightningArgumentParser) -> None:
 
 RECIPE = Recipe(
     name="rlhf",
+    about=__doc__,
     module=RLHFModule,
     data=RolloutData,
     defaults={"data.train": "playground"},

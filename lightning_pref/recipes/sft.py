@@ -10,6 +10,7 @@ from lightning_pref.recipes.playground import gold_reward_callbacks
 
 RECIPE = Recipe(
     name="sft",
+    about=__doc__,
     module=SFTModule,
     defaults={"data.train": "playground:sft"},
     headline=("loss", "val/loss", "gold_reward"),

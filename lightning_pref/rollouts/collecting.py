@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.functional.masked import segment_sum
 from lightning_pref.observations import RewardObservation
-from lightning_pref.rollouts.experience import Task
+from lightning_pref.rollouts.experience import Task, cut, piece_of
 from lightning_pref.rollouts.rewards import Answers, judged
 
 
@@ -111,8 +110,8 @@ def checked_rewards(rewards: Tensor, answers: Answers) -> Tensor:
     return rewards.detach().float()
 
 
-def chunks(groups: Sequence[PromptGroup], num_chunks: int, device: torch.device) -> list[GroupBatch]:
-    """The groups in order, in a number of batches as even as can be; one group at least in each."""
-    num_chunks = min(num_chunks, len(groups))
-    bounds = [i * len(groups) // num_chunks for i in range(num_chunks + 1)]
-    return [GroupBatch.from_groups(groups[start:end]).to(device) for start, end in pairwise(bounds)]
+def chunks(groups: Sequence[PromptGroup], num_chunks: int, device: torch.device) -> Iterator[GroupBatch]:
+    """The responses in order, in a number of batches as even as the micro-batches of an update; one response at least in each."""
+    sizes = [len(group.responses) for group in groups]
+    for part in cut(sizes, min(num_chunks, sum(sizes)), range(len(sizes))):
+        yield GroupBatch.from_groups([piece_of(groups[g], own) for g, own in part]).to(device)

@@ -188,14 +188,15 @@ def micro_batches(
     """
     sizes = [len(group.responses) for group in experience.groups]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
-    passes = [_cut(sizes, plan.num_parts, np.random.default_rng([seed, epoch])) for epoch in range(plan.inner_epochs)]
+    orders = [np.random.default_rng([seed, epoch]).permutation(len(sizes)) for epoch in range(plan.inner_epochs)]
+    passes = [cut(sizes, plan.num_parts, order) for order in orders]
     counts = _window_counts(experience, passes, plan, total)
     responses = [response for group in experience.groups for response in group.responses]
     token_ends = np.cumsum([len(response) for response in responses])
     for epoch, parts in enumerate(passes):
         for number, part in enumerate(parts):
             window = counts[epoch * plan.num_minibatches + number // plan.accumulate]
-            groups = [_piece(experience.groups[g], own) for g, own in part]
+            groups = [piece_of(experience.groups[g], own) for g, own in part]
             places = np.concatenate([offsets[g] + np.asarray(own) for g, own in part])
             tokens = np.concatenate([np.arange(token_ends[r] - len(responses[r]), token_ends[r]) for r in places])
             index = torch.from_numpy(tokens)
@@ -214,9 +215,14 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
 Part = list[tuple[int, Ints]]  # groups of a micro-batch, and which of its responses
 
 
-def _cut(sizes: Sequence[int], num_parts: int, rng: np.random.Generator) -> list[Part]:
-    """The groups in a new order, in parts as even as can be; the responses of a group stay in their order."""
-    order = rng.permutation(len(sizes))
+def cut(sizes: Sequence[int], num_parts: int, order: Sequence[int] | Ints) -> list[Part]:
+    """Groups in parts as even as can be: whole ones while there are enough of them, else cut between two responses.
+
+    Args:
+        sizes: Responses of each group.
+        num_parts: No more than there are responses.
+        order: Of the groups; the responses of a group stay in theirs.
+    """
     if len(sizes) >= num_parts:
         bounds = [i * len(sizes) // num_parts for i in range(num_parts + 1)]
         return [[(int(g), np.arange(sizes[g])) for g in order[start:end]] for start, end in pairwise(bounds)]
@@ -232,7 +238,8 @@ def _regrouped(pieces: Sequence[tuple[int, int]]) -> Part:
     return [(g, np.array(own)) for g, own in by_group.items()]
 
 
-def _piece(group: PromptGroup, own: Ints) -> PromptGroup:
+def piece_of(group: PromptGroup, own: Ints) -> PromptGroup:
+    """A group with some of its responses."""
     if len(own) == len(group.responses):
         return group
     return replace(group, responses=tuple(group.responses[int(r)] for r in own), ranks=None)

@@ -67,6 +67,7 @@ class HeldOutLoader:
         prompts: All held-out prompts.
         places: Which of them each step of this rank takes. It is asked for one epoch only, so that all validations are alike.
         num_samples: Responses to each prompt.
+        num_parts: Batches in which the responses of a step are read after they are sampled.
         instruments: Gives what they are sampled and scored with, once that is needed.
     """
 
@@ -76,11 +77,13 @@ class HeldOutLoader:
         places: PromptSampler,
         *,
         num_samples: int,
+        num_parts: int,
         instruments: Callable[[], Instruments],
     ) -> None:
         self.prompts = prompts
         self.places = places
         self.num_samples = num_samples
+        self.num_parts = num_parts
         self.instruments = instruments
 
     def __len__(self) -> int:
@@ -98,7 +101,7 @@ class HeldOutLoader:
                     num_samples=self.num_samples,
                     seed=self.places.seed_of(step),
                     number=step,
-                    plan=UpdatePlan(),
+                    plan=UpdatePlan(accumulate=self.num_parts),
                 )
             )
 

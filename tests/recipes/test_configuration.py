@@ -91,6 +91,18 @@ def test_help_explains_the_options(recipe: Any, capsys: pytest.CaptureFixture[st
         assert words.lower() in text.lower()
 
 
+@RECIPES
+def test_help_begins_with_the_recipe_and_its_own_flags(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(recipe.main, capsys, ["--help"])
+    usage, _, about = text.splitlines()[:3]
+    assert usage == f"usage: python -m lightning_pref.recipes.{recipe.RECIPE.name} [--config FILE] [--FLAG VALUE ...]"
+    assert about == recipe.__doc__.splitlines()[0][: len(about)]
+    assert text.index("--model.model MODEL") < text.index("--data.train TRAIN") < text.index("--trainer.precision PRECISION")
+    assert "known subclasses" not in text, "every class there is"
+    assert "Literal['auto', 'padded'" not in text, "the choices stand in the flag: --model.layout {auto,padded,...}"
+    assert "`--trainer.strategy.help NAME` shows them" in " ".join(text.split())
+
+
 def test_gold_reward_is_measured_where_the_data_is_the_playgrounds_and_nowhere_else(bench: Any) -> None:
     small = ("--data.playground.num_rows=40", "--data.playground.num_val_rows=8", "--data.cache_dir=cache")
     few = (

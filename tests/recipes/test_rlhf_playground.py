@@ -19,13 +19,13 @@ SAMPLING = ["--data.num_prompts=8", "--data.sampling.max_new_tokens=48", "--mode
 
 
 class Stages(NamedTuple):
-    """A policy after a short fine-tuning; what is trained on the judgement of one who takes many words for effort starts there."""
+    """A policy after a short fine-tuning, and the judges that are trained from it, all of whom take many words for effort."""
 
     root: Path
     policy: Path
 
     def judge(self, name: str, num_updates: int, *flags: str) -> Path:
-        """A reward model, trained on that judgement."""
+        """A reward model."""
         settings = [f"--config={CONFIGS / 'reward_playground.yaml'}", *COMPARISONS, "--data.playground.flaw=length"]
         size = [f"--data.playground.num_rows={16 * num_updates}", "--data.playground.num_val_rows=40"]
         steps = [f"--trainer.max_steps={num_updates}", f"--trainer.val_check_interval={num_updates}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from rollouts import MOVING, STILL, count_of_letters, fit, rollout_data, speaker
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_pref.callbacks import RewardVarianceMonitor
+from lightning_pref.data.groups import GroupBatch
 from lightning_pref.data.playground_source import PlaygroundSettings
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
+from lightning_pref.models.forward import Quantity, ResponseLogps
 from lightning_pref.modules.rlhf import RLHFModule
 from lightning_pref.modules.rlhf_settings import KLSettings
 from lightning_pref.rollouts.engines.generate import CachedSampler
@@ -61,6 +65,50 @@ def test_the_kl_of_samples_is_logged_and_is_nothing_before_the_policy_moves(tmp_
     assert still["val/kl"].last == pytest.approx(0.0, abs=1e-4)
     moved = fit(tmp_path, module(**tied, optimizer=MOVING), rollout_data(tmp_path, val=write(tmp_path)), max_epochs=4).metrics
     assert moved["val/kl"].last > 0.05
+
+
+class Reader(RLHFModule):
+    """Notes how many responses are read at once where nothing is trained."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(speaker(), optimizer=STILL, **options)
+        self.read: list[int] = []
+
+    @override
+    def policy_logps(self, batch: GroupBatch, want: Collection[Quantity] = ()) -> ResponseLogps:
+        if not torch.is_grad_enabled():
+            self.read.append(len(batch.response_lengths))
+        return super().policy_logps(batch, want)
+
+
+def read(folder: Path, accumulate: int, **settings: Any) -> tuple[Reader, dict[str, float]]:
+    """What a run reads, and how far it finds the policy to be from another model."""
+    folder.mkdir()
+    speaker(1).save_pretrained(folder / "reference")
+    reader = Reader(reference_model=str(folder / "reference"), algorithm="rloo", kl=KLSettings(coefficient=0.1))
+    data = rollout_data(folder, **settings)
+    metrics = fit(folder, reader, data, accumulate_grad_batches=accumulate, num_sanity_val_steps=0).metrics
+    return reader, {key: metric.first for key, metric in metrics.items() if key in ("kl", "val/kl")}
+
+
+def test_a_validation_reads_no_more_responses_at_once_than_an_update(tmp_path: Path) -> None:
+    held_out: dict[str, Any] = {"val": write(tmp_path), "val_sampling": HeldOutSampling(num_samples=12)}
+    # Four prompts with three responses each, in two parts; and 36 responses to three held-out prompts.
+    small, found = read(tmp_path / "parts", 2, **held_out)
+    assert max(small.read) == 6
+    assert sum(small.read) == 8 * 3 + 5 * 12
+    whole, expected = read(tmp_path / "whole", 1, **{**held_out, "num_samples": 36})
+    assert 36 in whole.read
+    assert found["val/kl"] == pytest.approx(expected["val/kl"], rel=1e-5)
+    assert abs(found["val/kl"]) > 0.1
+
+
+def test_the_responses_to_one_prompt_are_read_in_parts_as_they_are_trained_on(tmp_path: Path) -> None:
+    one: dict[str, Any] = {"prompts": 1, "num_prompts": 1, "num_samples": 6}
+    parts, found = read(tmp_path / "parts", 3, **one)
+    whole, expected = read(tmp_path / "whole", 1, **one)
+    assert (parts.read, whole.read) == ([2, 2, 2], [6])
+    assert found["kl"] == pytest.approx(expected["kl"], rel=1e-5)
 
 
 def weights(folder: Path, **data: Any) -> Tensor:
