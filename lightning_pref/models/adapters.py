@@ -145,36 +145,44 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def plain_state(model: PeftModel, *, merged: bool) -> dict[str, Tensor]:
+def plain_state(model: PeftModel, *, merged: bool, dense: bool = False) -> dict[str, Tensor]:
     """The tensors of the model under the names they have without an adapter.
 
     Args:
         model: The adapted model; it is not changed.
-        merged: With the update B A added to the weights and the trained copies of modules to save, on the CPU, and 4-bit
-            weights multiplied out; else the base model as it was before the adapter.
+        merged: With the update B A added to the weights and the trained copies of modules to save; else the base model as it was
+            before the adapter.
+        dense: On the CPU, with 4-bit weights multiplied out; always so where the update is added.
     """
     base = model.get_base_model()
     adapter = _active_adapter(model)
     named = ((_plain_name(name, adapter, merged), tensor) for name, tensor in base.state_dict().items())
     state = {name: tensor for name, tensor in named if name is not None}
-    if not merged:
+    if not (merged or dense):
         return state
     scales = tuple(f"{name.removesuffix('.base_layer')}.weight." for name, _ in quantized_layers(base))
     state = {name: tensor.cpu() for name, tensor in state.items() if not (scales and name.startswith(scales))}
     for name, module in base.named_modules():
-        if is_quantized_layer(module) and not name.endswith(".base_layer"):
-            state[f"{name}.weight"] = dense_weight(module).cpu()
-        if isinstance(module, LoraLayer) and is_quantized_layer(module.get_base_layer()):
-            # peft would quantise the sum again.
-            adapted: Any = module  # Any: the update is on each of the concrete classes
-            weight, change = dense_weight(module.get_base_layer()), adapted.get_delta_weight(adapter)
-            state[f"{name}.weight"] = (weight.float() + change.detach().float()).to(weight.dtype).cpu()
-        elif isinstance(module, LoraLayer):
-            # One layer at a time: a copy of the whole model may not fit beside the training state.
-            layer: Any = copy.deepcopy(module)  # Any: `merge` is on each of its concrete classes
-            layer.merge(safe_merge=True, adapter_names=[adapter])
-            state[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu()
+        if merged and isinstance(module, LoraLayer):
+            state[f"{name}.weight"] = _merged_weight(module, adapter).cpu()
+        elif is_quantized_layer(module) and not (merged and name.endswith(".base_layer")):
+            state[f"{name.removesuffix('.base_layer')}.weight"] = dense_weight(module).cpu()
     return state
+
+
+def _merged_weight(adapted: Any, adapter: str) -> Tensor:  # Any: the update is on each of peft's concrete classes
+    """The weight of a layer with the update of its adapter."""
+    base = adapted.get_base_layer()
+    if is_quantized_layer(base):
+        # peft would quantise the sum again.
+        weight: Tensor = dense_weight(base)
+        change: Tensor = adapted.get_delta_weight(adapter)
+        return (weight.float() + change.detach().float()).to(weight.dtype)
+    # One layer at a time: a copy of the whole model may not fit beside the training state.
+    layer = copy.deepcopy(adapted)
+    layer.merge(safe_merge=True, adapter_names=[adapter])
+    merged: Tensor = layer.get_base_layer().weight.detach()
+    return merged
 
 
 def _plain_name(name: str, adapter: str, merged: bool) -> str | None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
+from lightning_pref.models.full_precision import keeping_tables
 from lightning_pref.models.presets import build_preset, is_preset
 from lightning_pref.models.quantised import (
     QuantizationSettings,
@@ -104,7 +105,7 @@ def load_model(
             f"{missing[0]!r}; they would start random. It was probably saved from another kind of model (a classifier, a "
             "reward model, a bare backbone). Give a checkpoint of a causal language model."
         )
-    made_exact(model, None if quantization is None else quantization.compute_dtype)
+    made_exact(model, quantization)
     model.train()
     return model
 
@@ -201,7 +202,10 @@ def _build_preset(name: str, dtype: Dtype, attention: AttentionImplementation | 
     model = build_preset(name, load_tokenizer(name), seed)
     if attention is not None:
         model.set_attn_implementation(attention)
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    if dtype != "auto":
+        with keeping_tables(model):
+            model.to(getattr(torch, dtype))
+    return model
 
 
 def _dropout_rates(holder: object) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightning_pref.models.adapters import plain_state
 from lightning_pref.models.folders import replaced_folder
+from lightning_pref.models.quantised import dense_state
 
 
 def export(
@@ -45,15 +46,19 @@ def export(
         tokenizer.save_pretrained(partial)
 
 
-def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """A model of the plain class around the trained tensors.
+def plain_model(model: PreTrainedModel | PeftModel, *, merged: bool = True) -> PreTrainedModel:
+    """A dense model of the plain class around the trained tensors.
 
     A new object, because `save_pretrained` writes into the configs of the model it is called on.
+
+    Args:
+        model: Plain or adapted; it is not changed.
+        merged: With its adapter added to the weights; else as it was before it had one.
     """
     if isinstance(model, PeftModel):
-        base, state = model.get_base_model(), plain_state(model, merged=True)
+        base, state = model.get_base_model(), plain_state(model, merged=merged, dense=True)
     else:
-        base, state = model, model.state_dict()
+        base, state = model, dense_state(model)
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"Expected a transformers model, got {type(base).__name__}.")
     plain = _empty_like(base, tied=True)

@@ -1,6 +1,7 @@
 """Models of the playground, built from a config with fresh weights: nothing to download."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,17 @@ def build_preset(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -
         pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32,
     )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _float32_by_default():
         torch.random.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """A precision plugin may have set another default, in which other weights would be drawn."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

@@ -22,7 +22,8 @@ class QuantizationSettings:
 
     Attributes:
         kind: `nf4`, whose 16 values suit weights with a normal distribution, or `fp4`.
-        compute_dtype: In which a layer multiplies; that of the dense weights if not given. `bfloat16` is what GPUs are fast in.
+        compute_dtype: In which a layer multiplies. If not given, in what a dense layer in its place would: the dtype of the
+            weights around it, and bfloat16 or float16 under a precision of that name.
         double: Keep the scales of the blocks in 8 bit, too: 0.37 bits less for each weight.
     """
 
@@ -97,11 +98,11 @@ def quantize(model: PreTrainedModel, settings: QuantizationSettings) -> PreTrain
         model.set_submodule(name, layer)
     # Read by peft, which has a LoRA layer of its own for such a base.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
-    made_exact(model, settings.compute_dtype)
+    made_exact(model, settings)
     return model
 
 
-def made_exact(model: nn.Module, compute_dtype: ComputeDtype | None = None) -> None:
+def made_exact(model: nn.Module, settings: QuantizationSettings | None = None) -> None:
     """Let 4-bit layers give the same, right numbers in training and evaluation mode; raise where they cannot.
 
     On a CPU with AVX512-BF16, bitsandbytes packs a weight anew in the first evaluation: it rounds the scales to bfloat16,
@@ -110,13 +111,9 @@ def made_exact(model: nn.Module, compute_dtype: ComputeDtype | None = None) -> N
 
     Args:
         model: Any model.
-        compute_dtype: In which the layers multiply, if not in that of the dense weights.
+        settings: Of the quantisation, where it was made by them; else the layers say themselves in what they multiply.
     """
-    layers = list(quantized_layers(model))
-    if not layers:
-        return
-    dense = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    for name, layer in layers:
+    for name, layer in quantized_layers(model):
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise ValueError(
                 f"The 4-bit layer {name!r} was evaluated on this CPU before, where bitsandbytes rounds its scales to bfloat16 "
@@ -130,9 +127,22 @@ def made_exact(model: nn.Module, compute_dtype: ComputeDtype | None = None) -> N
                 "`quantization`."
             )
         layer.support_avx512bf16_for_cpu = False
-        if compute_dtype is not None or layer.compute_dtype is None:
-            layer.compute_dtype = dense if compute_dtype is None else getattr(torch, compute_dtype)
+        if settings is not None:
+            layer.compute_dtype = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+            layer.compute_type_is_set = layer.compute_dtype is not None
+        if not layer.compute_type_is_set:
+            # Else bitsandbytes would keep to the dtype of the very first batch.
             layer.compute_type_is_set = True
+            layer.register_forward_pre_hook(_as_under_autocast)
+
+
+def _as_under_autocast(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:  # Any: as torch hands them on
+    """Cast the input as autocast does that of a dense layer; it does not know the product of bitsandbytes."""
+    states, *rest = inputs
+    device = states.device.type
+    if not torch.is_autocast_enabled(device) or states.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return (states.to(torch.get_autocast_dtype(device)), *rest)
 
 
 def is_quantized_layer(module: nn.Module) -> bool:
@@ -156,6 +166,17 @@ def dense_weight(layer: Any) -> Tensor:  # Any: bitsandbytes has no type informa
 
     weight: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return weight
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, with 4-bit weights multiplied out.
+
+    Args:
+        model: Any model, without an adapter.
+    """
+    state = model.state_dict()
+    dense = {f"{name}.weight": dense_weight(layer) for name, layer in quantized_layers(model)}
+    return {name: dense.get(name, state[name]) for name in without_scales(list(state), model)}
 
 
 def num_weights(parameter: Tensor) -> int:

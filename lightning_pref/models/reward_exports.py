@@ -128,8 +128,8 @@ def _keep_scale(config: PreTrainedConfig, member: int | Literal["mean"]) -> None
     scale = ScoreScale.recall(config)
     if scale is not None and member != "mean":
         ScoreScale(scale.mean[member : member + 1], scale.std[member : member + 1]).remember(config)
-    elif scale is not None:
-        del config.score_mean, config.score_std
+    else:
+        ScoreScale.forget(config)
 
 
 def _one(weights: Tensor, member: int | Literal["mean"]) -> Tensor:

@@ -89,6 +89,13 @@ class ScoreScale(NamedTuple):
             return None
         return cls(torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
 
+    @staticmethod
+    def forget(config: PreTrainedConfig) -> None:
+        """Take it out of the config of a reward model that it describes no longer."""
+        for name in ("score_mean", "score_std"):
+            if hasattr(config, name):
+                delattr(config, name)
+
 
 def response_scores(
     model: PreTrainedModel | PeftModel,

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import lightning as L
 import torch
@@ -33,6 +33,7 @@ from lightning_pref.models.backbones import (
 )
 from lightning_pref.models.digests import weights_digest
 from lightning_pref.models.forward import Layout
+from lightning_pref.models.full_precision import keeping_tables
 from lightning_pref.models.heads import causal_lm_of
 from lightning_pref.models.quantised import QuantizationSettings, is_quantized, made_exact
 from lightning_pref.models.sharding import filled, run_as_forward, skeleton_of, whole_state, whole_state_within
@@ -164,6 +165,11 @@ class GroupModule(L.LightningModule):
                 "it, where the strategy would not split them with it. The nearest that does is LoRA on a base with "
                 "`dtype: bfloat16`, or the strategy 'ddp' with the base in 4 bit."
             )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with keeping_tables(self):
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     @override
     def setup(self, stage: str) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,14 +21,12 @@ from lightning_pref.models.exports import export
 from lightning_pref.models.forward import Layout, response_logps
 from lightning_pref.models.frozen_base import leave_base_out
 from lightning_pref.models.heads import causal_lm_of
-from lightning_pref.models.implicit_rewards import ImplicitSettings, save_implicit_settings
 from lightning_pref.models.quantised import is_quantized
-from lightning_pref.models.reference import Reference, summed_logps
-from lightning_pref.models.reference_choice import resolve_reference
+from lightning_pref.models.reference import Reference
 from lightning_pref.models.reward_exports import Member, export_reward_model
 from lightning_pref.models.reward_heads import LinearRewardHead, ScoreHead, VerbalizerRewardHead
 from lightning_pref.models.reward_members import add_members, member_scores
-from lightning_pref.models.reward_models import ResponseScores, build_reward_model, last_tokens, response_scores
+from lightning_pref.models.reward_models import ResponseScores, ScoreScale, build_reward_model, last_tokens, response_scores
 from lightning_pref.modules.group_module import GroupModule, Loading
 from lightning_pref.modules.objectives import StepTerms
 from lightning_pref.modules.optimisation import OptimizerSettings
@@ -43,6 +38,7 @@ from lightning_pref.modules.reward_choice import (
     check_ensemble,
     check_values,
 )
+from lightning_pref.modules.reward_reference import RewardReference, digest_of_reference, implicit_reference, save_reference
 from lightning_pref.modules.reward_terms import (
     MEAN,
     METRICS,
@@ -65,6 +61,8 @@ from lightning_pref.modules.reward_validation import ScaleSums, ValidationPairs
 from lightning_pref.observations import RewardObservation, observe, wants
 
 LabelWords = tuple[str | int, str | int]
+
+SCALE = "score_scale"  # in a checkpoint
 
 
 class RewardModule(GroupModule):
@@ -124,7 +122,7 @@ class RewardModule(GroupModule):
         levels: list[float] | None = None,
         label_words: LabelWords | None = None,
         beta: float = 0.05,
-        reference: Literal["auto", "copy", "adapter"] = "auto",
+        reference: RewardReference = "auto",
         reference_model: str | None = None,
         layout: Layout = "auto",
         lora: LoraSettings | None = None,
@@ -179,10 +177,11 @@ class RewardModule(GroupModule):
         self.levels = levels
         self.label_words = label_words
         self.beta = beta
-        self.reference_kind = reference
+        self.reference_kind: RewardReference = reference
         self.reference_model = reference_model
         self.thresholds = OrdinalThresholds(len(levels)) if levels is not None else None
         self.reference: Reference | None = None
+        self._reference_digest = ""
         self.head: ScoreHead = LinearRewardHead()
         self.val_pairs = ValidationPairs()
         self.val_scale = ScaleSums()
@@ -200,6 +199,8 @@ class RewardModule(GroupModule):
         is_linear = self.head_kind == "linear"
         model = self.made_ready(self._with_head(given) if is_linear else self.load(given) if isinstance(given, str) else given)
         if is_linear:
+            # That of the reward model it starts from; the first validation tells its own.
+            ScoreScale.forget(model.config)
             if self.ensemble == "heads":
                 self.num_members = int(model.config.num_labels or 1)
             if self.aggregate != "mean" and self.num_members == 1:
@@ -213,15 +214,9 @@ class RewardModule(GroupModule):
         if is_quantized(self.reward_model):
             leave_base_out(self, "reward_model")
         if self.head_kind == "implicit":
-            # A frozen reference stays in eval mode on purpose; Lightning would advise against it in every run.
-            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode", category=PossibleUserWarning)
-            self.reference = resolve_reference(
-                self.reference_kind,
-                self.reward_model,
-                needs_reference=True,
-                other_model=None if self.reference_model is None else self.load(self.reference_model),
-                score=partial(summed_logps, layout=self.layout),
-            )
+            other = None if self.reference_model is None else self.load(self.reference_model)
+            self.reference = implicit_reference(self.reference_kind, self.reward_model, other_model=other, layout=self.layout)
+            self._reference_digest = digest_of_reference(self.reference, self.reward_model)
 
     def _with_head(self, model: str | PreTrainedModel) -> PreTrainedModel:
         options = self.loading.dense("a classifier")
@@ -345,9 +340,28 @@ class RewardModule(GroupModule):
         super().on_validation_epoch_end()
         values = self.val_pairs.compute(self.device)
         scale = self.val_scale.compute(self.num_members or 1, self.device)
-        if scale is not None and self.head_kind == "linear" and not self.trainer.sanity_checking:
-            scale.remember(causal_lm_of(self.reward_model).config)
+        if self.head_kind == "linear" and not self.trainer.sanity_checking:
+            self._set_scale(scale)
         self.log_dict({f"val/{name}": value.float() for name, value in values.items()}, sync_dist=True)
+
+    def _set_scale(self, scale: ScoreScale | None) -> None:
+        config = causal_lm_of(self.reward_model).config
+        if scale is None:
+            ScoreScale.forget(config)
+        else:
+            scale.remember(config)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own
+        super().on_save_checkpoint(checkpoint)
+        scale = ScoreScale.recall(causal_lm_of(self.reward_model).config)
+        checkpoint[SCALE] = None if scale is None else [values.tolist() for values in scale]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # Any: Lightning's own
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint.get(SCALE)
+        self._set_scale(None if saved is None else ScoreScale(*map(torch.tensor, saved)))
 
     @override
     def train(self, mode: bool = True) -> RewardModule:
@@ -362,13 +376,21 @@ class RewardModule(GroupModule):
         """Write a folder that `AutoModelForSequenceClassification` loads, with the same scores; see `export_reward_model`.
 
         An implicit reward is a language model, and is written as one, with what makes it a reward beside it where the models
-        were given by name.
+        were given by name, or are in 4 bit.
         """
         if self.head_kind == "implicit":
             export(self.whole, tokenizer, folder, merge_adapter=merge)
-            reference = self.reference_model or self._given[0]
-            if merge and isinstance(reference, str):
-                save_implicit_settings(Path(folder), ImplicitSettings(self.beta, reference))
+            if merge:
+                save_reference(
+                    Path(folder),
+                    tokenizer,
+                    reference=self.reference,
+                    trained=self.reward_model,
+                    name=self.reference_model or self._given[0],
+                    digest=self._reference_digest,
+                    beta=self.beta,
+                    loading=self.loading,
+                )
             return
         verbalizer = self.head if isinstance(self.head, VerbalizerRewardHead) else None
         ends = None if self._final_ids is None else self._final_ids.cpu()

@@ -163,6 +163,11 @@ class ModelReward:
             model.requires_grad_(False)
         self.scale = _scale_of(self.models)
 
+    @property
+    def num_members(self) -> int:
+        """Members of the ensemble, over all models."""
+        return sum(1 if isinstance(model, ImplicitReward) else model.config.num_labels or 1 for model in self.models)
+
     def __call__(self, answers: Answers) -> Tensor:
         return self.judged(answers).rewards
 
@@ -245,16 +250,38 @@ def load_reward(
         batch_size: Most responses of one forward pass of a reward model.
     """
     check_reward(spec)
-    if isinstance(spec, Mapping):
-        terms = [
-            (
-                float(weight),
-                load_reward(name, tokenization, how=how, coefficient=coefficient, flaw=flaw, dtype=dtype, batch_size=batch_size),
-            )
-            for name, weight in spec.items()
-            if weight
-        ]
-        return WeightedSum(terms)
+
+    def load(names: str | list[str]) -> Reward:
+        return _load_term(names, tokenization, how=how, coefficient=coefficient, flaw=flaw, dtype=dtype, batch_size=batch_size)
+
+    if not isinstance(spec, Mapping):
+        reward = load(spec)
+        terms = [reward]
+    else:
+        weighted = [(float(weight), load(name)) for name, weight in spec.items() if weight]
+        reward = WeightedSum(weighted)
+        terms = [term for _, term in weighted]
+    if how != "mean" and not any(isinstance(term, ModelReward) and term.num_members > 1 for term in terms):
+        names = [spec] if isinstance(spec, str) else list(spec)
+        raise ValueError(
+            f"`aggregate: {how}` compares the members of an ensemble, but {', '.join(map(repr, names))} "
+            f"{'has one' if len(names) == 1 else 'have one each'}. Give a list of reward models or one with several heads, or "
+            "leave `aggregate` out."
+        )
+    return reward
+
+
+def _load_term(
+    spec: str | list[str],
+    tokenization: Tokenization,
+    *,
+    how: How,
+    coefficient: float,
+    flaw: Flaw | None,
+    dtype: Dtype,
+    batch_size: int,
+) -> Reward:
+    """One reward, or one ensemble, of what `load_reward` loads."""
     given = [spec] if isinstance(spec, str) else list(spec)
     names = [member for name in given for member in member_folders(name)]
     functions = [function_named(name, flaw) for name in names]
@@ -273,12 +300,6 @@ def load_reward(
     models = [_load_model(name, dtype) for name in names]
     for model, its in zip(models, tokenizers, strict=True):
         check_vocabulary(model.model if isinstance(model, ImplicitReward) else model, its)
-    num_members = sum(1 if isinstance(model, ImplicitReward) else model.config.num_labels or 1 for model in models)
-    if how != "mean" and num_members == 1:
-        raise ValueError(
-            f"`aggregate: {how}` compares the members of an ensemble, but {names[0]!r} has one. Give a list of reward models or "
-            "one with several heads, or leave `aggregate` out."
-        )
     return ModelReward(models, own, how=how, coefficient=coefficient, batch_size=batch_size)
 
 

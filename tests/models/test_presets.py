@@ -27,6 +27,18 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_generator_as_it_was() ->
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+def test_weights_do_not_depend_on_the_default_dtype() -> None:
+    """Which the precision 'bf16-true' sets while models are built."""
+    first = build_preset("tiny", TOKENIZER)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = build_preset("tiny", TOKENIZER)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+
+
 def test_a_preset_knows_the_special_tokens_of_its_tokenizer() -> None:
     config = build_preset("tiny", TOKENIZER).config
     assert (config.pad_token_id, config.bos_token_id) == (TOKENIZER.pad_token_id, TOKENIZER.bos_token_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from lightning_pref.models.adapters import LoraSettings, add_lora, count_paramet
 from lightning_pref.models.backbones import load_model
 from lightning_pref.models.digests import weights_digest
 from lightning_pref.models.forward import response_logps
+from lightning_pref.models.implicit_rewards import ImplicitReward
 from lightning_pref.models.quantised import (
     QuantizationSettings,
     dense_weight,
@@ -85,6 +87,13 @@ def multiplied_out(model: nn.Module, dense: LlamaForCausalLM) -> LlamaForCausalL
         state[f"{name}.weight"] = values[: kept.shape.numel()].view(kept.shape)
     dense.load_state_dict(state)
     return dense
+
+
+def move_adapter(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
 
 
 def fit(module: L.LightningModule, batch: GroupBatch, root: Path, updates: int, **options: Any) -> L.Trainer:
@@ -256,10 +265,7 @@ def test_an_export_is_a_dense_model_with_the_adapter_in_it(folder: str, tmp_path
     """Also where some of the 4-bit layers have no adapter."""
     module = SFTModule(folder, lora=LoraSettings(r=2, target_modules=target_modules), loading=NF4)
     module.configure_model()
-    with torch.no_grad():
-        for name, parameter in module.policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    move_adapter(module.policy)
     wanted = module.policy(IDS).logits
     before = base_of(module.policy)
     module.save_pretrained(tmp_path / "export", playground_tokenizer())
@@ -273,10 +279,7 @@ def test_an_export_is_a_dense_model_with_the_adapter_in_it(folder: str, tmp_path
 def test_an_adapter_alone_is_loaded_by_peft_on_the_same_base(folder: str, tmp_path: Path) -> None:
     module = SFTModule(folder, lora=LORA, loading=NF4)
     module.configure_model()
-    with torch.no_grad():
-        for name, parameter in module.policy.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    move_adapter(module.policy)
     module.save_pretrained(tmp_path / "adapter", playground_tokenizer(), merge=False)
     base = load_model(folder, quantization=QuantizationSettings())
     with warnings.catch_warnings():
@@ -338,6 +341,26 @@ def test_an_implicit_reward_may_have_a_4_bit_base(folder: str, random_groups: Gr
     module.configure_model()
     assert (module.rewards(GroupBatch.from_groups(random_groups())) == 0).all()
     assert "quantized_base_digest" in module.state_dict()
+
+
+@pytest.mark.parametrize("reference", ["adapter", "copy"])
+def test_an_exported_reward_on_a_4_bit_base_takes_its_reference_along(
+    small: Build, random_groups: Groups, tmp_path: Path, reference: Any
+) -> None:
+    """The dense model of that name would be another reference. What is written needs no bitsandbytes."""
+    vocabulary = max(playground_tokenizer().get_vocab().values()) + 1
+    small(vocab_size=vocabulary).save_pretrained(tmp_path / "base")
+    module = RewardModule(str(tmp_path / "base"), head="implicit", beta=0.3, reference=reference, lora=LORA, loading=NF4)
+    module.configure_model()
+    move_adapter(module.reward_model)
+    batch = GroupBatch.from_groups(random_groups())
+    module.save_pretrained(tmp_path / "reward", playground_tokenizer())
+    shutil.rmtree(tmp_path / "base")
+    found = ImplicitReward(str(shutil.move(tmp_path / "reward", tmp_path / "moved")))
+    assert not is_quantized(found)
+    wanted = module.rewards(batch).detach()
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(found(batch).detach(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_an_object_is_not_quantised_behind_its_owners_back(small: Build) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from reward_modules import STEADY, STILL, Listener, configured, loader, measured, scores_of, trainer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
@@ -154,6 +155,70 @@ def test_the_scale_of_every_member_on_the_validation_rows_goes_into_the_export(
     scale = ScoreScale.recall(cast("Any", module.reward_model).config)
     np.testing.assert_allclose(out.rewards("wco", scale=scale).detach(), standard.min(0), rtol=1e-3, atol=1e-4)
     assert not np.allclose(out.rewards("wco").detach(), standard.min(0), atol=0.1)
+
+
+def exported_scale(module: RewardModule, folder: Path) -> ScoreScale | None:
+    module.save_pretrained(folder, load_tokenizer("playground:tiny"))
+    return ScoreScale.recall(AutoModelForSequenceClassification.from_pretrained(folder).config)
+
+
+def test_a_reward_model_that_goes_on_training_does_not_keep_the_scale_it_had(
+    tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path
+) -> None:
+    start = build_reward_model(tiny_model(vocab_size=576), num_members=2)
+    ScoreScale(torch.tensor([7.0, 8.0]), torch.tensor([9.0, 9.0])).remember(start.config)
+    start.save_pretrained(tmp_path / "start")
+    groups = random_groups(9)
+    data = loader(groups, tmp_path / "store")
+    for name, validated in (("without", []), ("with", [data])):
+        module = RewardModule(str(tmp_path / "start"), optimizer=STEADY)
+        trainer(tmp_path, num_sanity_val_steps=0).fit(module, data, *validated)
+        found = exported_scale(module, tmp_path / name)
+        if not validated:
+            assert found is None, "nobody has measured the head that it ends with"
+    scores = np.array(scores_of(module.reward_model, groups)).reshape(2, -1)
+    assert found is not None
+    assert found.mean.tolist() == pytest.approx(scores.mean(1), rel=1e-4, abs=1e-5)
+    assert found.std.tolist() == pytest.approx(scores.std(1), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:.*your dataloader is not resumable")
+def test_C1_a_resumed_run_exports_the_scale_that_was_measured_before_it_broke_off(
+    tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path
+) -> None:
+    start = build_reward_model(tiny_model(vocab_size=576), num_members=2)
+    ScoreScale(torch.tensor([7.0, 8.0]), torch.tensor([9.0, 9.0])).remember(start.config)
+    start.save_pretrained(tmp_path / "start")
+    data = loader(random_groups(9), tmp_path / "store")
+
+    def run(**options: Any) -> ScoreScale | None:
+        module = RewardModule(str(tmp_path / "start"), optimizer=STEADY)
+        keeps = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        settings: dict[str, Any] = {"max_steps": 5, "max_epochs": -1, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+        # Three batches an epoch: the scale is measured after update 3, and the checkpoint of update 4 has it.
+        trainer(tmp_path, keeps, **settings).fit(module, data, data, weights_only=True, **options)
+        return exported_scale(module, tmp_path / "export")
+
+    whole = run()
+    resumed = run(ckpt_path=tmp_path / "step=4.ckpt")
+    assert whole is not None and resumed is not None
+    assert torch.equal(whole.mean, resumed.mean) and torch.equal(whole.std, resumed.std)
+    assert whole.mean.tolist() != [7.0, 8.0]
+
+
+def test_a_validation_that_tells_members_from_nothing_leaves_no_scale(
+    tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path
+) -> None:
+    """All scores are alike: the scale of the validation before is none of theirs."""
+    module = RewardModule(tiny_model(vocab_size=576), optimizer=STILL)
+    data = loader(random_groups(9), tmp_path / "store")
+    fit = trainer(tmp_path, num_sanity_val_steps=0)
+    fit.fit(module, data, data)
+    model = cast("Any", module.reward_model)
+    assert ScoreScale.recall(model.config) is not None
+    torch.nn.init.zeros_(model.score.weight)
+    fit.validate(module, data, verbose=False)
+    assert ScoreScale.recall(model.config) is None
 
 
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce", "regression", "ordinal"])

@@ -134,8 +134,22 @@ def test_an_ensemble_of_folders_and_of_heads_is_aggregated(tmp_path: Path, how: 
 
 def test_an_aggregate_of_one_member_is_refused(tmp_path: Path) -> None:
     folder = saved_classifier(tmp_path / "model")
-    with pytest.raises(ValueError, match="`aggregate: wco` compares the members of an ensemble, but .* has one"):
-        load(str(folder), how="wco")
+    count, gold = "rollouts:count_of_letters", "playground:gold"
+    cure = "Give a list of reward models or one with several heads, or leave `aggregate` out."
+    for spec in (str(folder), [str(folder)], count, gold):
+        with pytest.raises(ValueError, match=f"`aggregate: wco` compares the members of an ensemble, but '.*' has one. {cure}"):
+            load(spec, how="wco")
+    for terms in ({gold: 1.0}, {count: 1.0, str(folder): 2.0}):
+        with pytest.raises(ValueError, match=f"`aggregate: uwo` compares .*, but '.*' (has one|have one each). {cure}"):
+            load(terms, how="uwo")
+
+
+def test_a_function_beside_an_ensemble_leaves_its_aggregate_alone(tmp_path: Path) -> None:
+    heads = str(saved_classifier(tmp_path / "heads", num_labels=3))
+    answers = answers_of([["four", "seven is fine"], ["a b c", "one"]])
+    found = load({heads: 2.0, "rollouts:count_of_letters": 1.0}, how="wco")(answers)
+    expected = 2.0 * plain_scores(Path(heads), answers).amin(0) + load("rollouts:count_of_letters")(answers)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_members_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
