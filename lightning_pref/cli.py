@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_pref.arguments import PlainErrors, RecipeParser
 from lightning_pref.callbacks import ExactResume, FaultAdvice, GoldReward, NonFiniteGuard, Throughput
-from lightning_pref.callbacks.hosts import ALERTS_FILE
+from lightning_pref.callbacks.hosts import ALERTS_FILE, alerts_folder
 from lightning_pref.callbacks.lost_updates import meter_for
 from lightning_pref.callbacks.throughput import Work, group_work
 from lightning_pref.checkpoints import read_manifest
@@ -365,12 +365,13 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
     # A run that had ended already, and was resumed all the same, has measured nothing by itself.
     was_over = not cli.record.metrics
     result = RunResult(cli.folder, export, read_metrics(cli.folder) if was_over else cli.record.metrics)
+    alerts_file = (alerts_folder(cli.trainer) or cli.folder) / ALERTS_FILE  # all processes are asked where it is
     if not cli.trainer.is_global_zero:
         return result
     module, data = cli.model, cli.datamodule
     if export is not None:
         module.save_pretrained(export, data.loaded_tokenizer)
-    alerts = read_alerts(cli.folder / ALERTS_FILE)
+    alerts = read_alerts(alerts_file)
     write_summary(
         cli.folder / "summary.json",
         recipe=cli.recipe.name,
@@ -385,7 +386,7 @@ def _finish(cli: RecipeCLI, seconds: float) -> RunResult:
         "config": cli.folder / "config.yaml",
         "metrics": cli.folder / "metrics.csv",
         "summary": cli.folder / "summary.json",
-        "alerts": cli.folder / ALERTS_FILE,
+        "alerts": alerts_file,
         "checkpoints": cli.folder / "checkpoints",
         **({"model": export} if export is not None else {}),
         "TensorBoard": f"tensorboard --logdir {cli.folder}",

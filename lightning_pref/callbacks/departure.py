@@ -27,30 +27,28 @@ class Departure:
     """Waits for the signals that ask a run to leave.
 
     Lightning's own handlers leave after any micro-batch, write (under SLURM) in the middle of whatever is going on, and talk to
-    the other processes from inside a signal handler. These only take note; the run asks between two updates.
+    the other processes from inside a signal handler. These only take note; the run asks between two updates, and goes by the
+    largest `received` of all processes, since a signal may reach one of them alone.
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        # Which of `_signals` came, counted from 1; 0 for none. A later one outweighs an earlier one: a job that SLURM asks to
+        # requeue is ended by it soon after, and is still to be requeued.
+        self.received = 0
+        self._signals: list[int] = [signal.SIGTERM]
         self._former: dict[int, Handler] = {}
         self._requeues = False
 
-    @property
-    def is_wanted(self) -> bool:
-        """Whether this process was asked to leave."""
-        return self.received is not None
-
     def watch(self, trainer: L.Trainer) -> None:
         """Take the signals over; they are given back by `forget`."""
-        self.received = None
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python lets only the main thread take signals; whoever runs a trainer elsewhere stops it otherwise
-        wanted = [signal.SIGTERM]
+        self.received, self._signals, self._requeues = 0, [signal.SIGTERM], False
         environment = trainer._accelerator_connector.cluster_environment  # noqa: SLF001  # no public way
         if isinstance(environment, SLURMEnvironment):
-            wanted.append(environment.requeue_signal or signal.SIGUSR1)
+            self._signals.append(environment.requeue_signal or signal.SIGUSR1)
             self._requeues = environment.auto_requeue
-        for number in wanted:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets only the main thread take signals; whoever runs a trainer elsewhere stops it otherwise
+        for number in self._signals:
             self._former[number] = signal.signal(number, self._note)
 
     def forget(self) -> None:
@@ -60,11 +58,17 @@ class Departure:
         self._former = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = self.received or number  # the first one says why
+        self.received = max(self.received, 1 + self._signals.index(number))
 
-    def leave(self, trainer: L.Trainer, checkpoint: Path | None) -> None:
-        """End the run; all processes come here together, the one that got the signal among them."""
-        number = self.received or signal.SIGTERM
+    def leave(self, trainer: L.Trainer, received: int, checkpoint: Path | None) -> None:
+        """End the run; all processes come here together, the one that got the signal among them.
+
+        Args:
+            trainer: Whose run it is.
+            received: The largest that any process received.
+            checkpoint: What was saved.
+        """
+        number = self._signals[received - 1]
         self.forget()
         trainer.strategy.barrier("departure")
         if trainer.is_global_zero:

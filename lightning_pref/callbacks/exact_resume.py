@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,13 +17,31 @@ from typing_extensions import override
 
 from lightning_pref import checkpoints
 from lightning_pref.callbacks.departure import Departure
-from lightning_pref.callbacks.hosts import ALERTS_FILE
-from lightning_pref.callbacks.process_state import Processes, carriers_of, keeps_place, load_random_state, random_state
+from lightning_pref.callbacks.hosts import ALERTS_FILE, alerts_folder
+from lightning_pref.callbacks.loop_place import (
+    at_batch_start,
+    at_epoch_end,
+    begin_again,
+    counted_steps,
+    hold_schedules,
+    inside_epoch,
+    load_loaders,
+    loader_states,
+)
+from lightning_pref.callbacks.process_state import (
+    Processes,
+    check_parts,
+    keeps_place,
+    load_parts,
+    load_random_state,
+    own_state,
+    state_of_process,
+)
 from lightning_pref.checkpoints import Manifest
 from lightning_pref.data.run_place import RunPlace, place_of
 
 STATE = "exact_resume"  # where it stands in a checkpoint
-STATE_VERSION = 1
+STATE_VERSION = 2
 ADVISORY = "config"  # what may be changed on the way, if one means it
 
 logger = logging.getLogger(__name__)
@@ -36,6 +54,14 @@ class Mark(NamedTuple):
     update: int
 
 
+class Plan(NamedTuple):
+    """What is to be done before the next batch."""
+
+    signal: int = 0  # to leave on, as `Departure` numbers them; 0 to stay
+    saves: bool = False
+    loaders: Sequence[Any] = ()  # what the user's own loaders told of their place  # Any: their own format
+
+
 class ExactResume(Callback):
     """Writes checkpoints between two updates, with all that a run needs to go on bit for bit.
 
@@ -46,13 +72,14 @@ class ExactResume(Callback):
     written, and the run left with the exit code that belongs to the signal.
 
     A checkpoint holds what Lightning's own do (weights, optimisers, schedules, loss scaler, loops, callbacks) and, of every
-    process, the random states of Python, NumPy, torch and the GPU, and what the parts handed over. It is taken when the first
-    micro-batch of an update is there and not yet begun: everything of the former update has been logged and validated by then,
-    and no gradient is half accumulated. Files are written aside, flushed, renamed and vouched for by a manifest.
+    process, the random states of Python, NumPy, torch and the GPU, the metrics that schedules and early stopping go by, the
+    place of the user's own loaders, and what the parts handed over. It is taken when the first micro-batch of an update is there
+    and not yet begun: everything of the former update has been logged and validated by then, and no gradient is half
+    accumulated. Files are written aside, flushed, renamed and vouched for by a manifest.
 
     Data of one's own goes on inside an epoch where the data module (by `state_dict`) or the loader (as torchdata's
-    `StatefulDataLoader`, with a length) tells its place, which has to be the same on every rank; otherwise checkpoints are
-    written between epochs only, and a warning says so.
+    `StatefulDataLoader`, with a length) tells its place, on each rank its own; otherwise checkpoints are written between epochs
+    only, and a warning says so.
 
     Args:
         dirpath: Folder of the checkpoints; `checkpoints` in the folder of the run if not given.
@@ -107,8 +134,9 @@ class ExactResume(Callback):
         self._loaded: dict[str, Any] | None = None
         self._settle: Callable[[dict[str, Any]], None] | None = None
         self._saved_at = Mark(-1, -1)
-        self._decided = (False, False)  # whether to leave and whether to save before the next batch
-        self._loaders: list[Any] = []  # what the user's own loaders told of their place
+        self._plan = Plan()
+        self._release: Callable[[], None] | None = None  # of schedules, at the first batch of a resumed run
+        self._loaders: list[Any] = []  # of the checkpoint that is being written
         self._keeps_place = True
         self._validated_at = -1
         self._written = time.monotonic()
@@ -127,9 +155,10 @@ class ExactResume(Callback):
         self._processes = Processes()
         self._saved_at = Mark(place_of(trainer).epoch, trainer.global_step)
         self._written = time.monotonic()
-        self._decided, self._loaders = (False, False), []
+        self._plan = Plan()
         self._departure.watch(trainer)
         self._keeps_place = keeps_place(trainer)
+        check_parts(trainer)
         if trainer.num_training_batches == float("inf"):
             raise ValueError(
                 "ExactResume cannot tell where an epoch ends, since the training data has no length. Give it one by "
@@ -137,6 +166,7 @@ class ExactResume(Callback):
             )
         if self._loaded is not None:
             self._hand_back(trainer, self._loaded)
+            self._release = hold_schedules(trainer)
             # Lightning takes back that the epoch was ready, and does not count it again.
             trainer.fit_loop.epoch_progress.current.ready += int(trainer.fit_loop.restarted_on_epoch_start)
             # What a callback has ended stays ended.
@@ -150,14 +180,14 @@ class ExactResume(Callback):
         if self._loaded is not None:
             # The batch is there now, as it was when the checkpoint was written.
             load_random_state(self._loaded["own"]["random"], pl_module.device)
-            trainer.fit_loop.epoch_loop._batches_that_stepped = self._loaded["batches_that_stepped"]  # noqa: SLF001
-            self._loaded = None
+            begin_again(trainer, self._loaded["batches_that_stepped"])
+            self._let_go()
             return
-        leaves, saves, self._decided = *self._decided, (False, False)
-        if saves:
-            self._save(trainer, partial(_at_batch_start, loaders=self._loaders))
-        if leaves:
-            self._departure.leave(trainer, self.last_saved)
+        plan, self._plan = self._plan, Plan()
+        if plan.saves:
+            self._save(trainer, partial(at_batch_start, loaders=list(plan.loaders)), plan.loaders)
+        if plan.signal:
+            self._departure.leave(trainer, plan.signal, self.last_saved)
 
     @override
     def on_train_batch_end(
@@ -166,13 +196,11 @@ class ExactResume(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches and batch_idx + 1 < trainer.num_training_batches:
             return
         assert self._processes is not None, "training has started"
-        leaves, is_late = self._processes.any([self._departure.is_wanted, self._is_late()])
-        can_save = self._keeps_place or place_of(trainer).batch == 0
-        self._decided = leaves, can_save and (leaves or is_late or self._is_due(trainer))
-        if self._decided[1]:
-            # A loader that tells its place tells it before the next batch is taken from it.
-            combined = trainer.fit_loop._combined_loader  # noqa: SLF001  # no public way
-            self._loaders = [] if combined is None or place_of(trainer).batch == 0 else combined._state_dicts()  # noqa: SLF001
+        signal, is_late = self._processes.largest([self._departure.received, int(self._is_late())])
+        is_between = place_of(trainer).batch == 0
+        saves = (self._keeps_place or is_between) and bool(signal or is_late or self._is_due(trainer))
+        # A loader that tells its place tells it before the next batch is taken from it.
+        self._plan = Plan(signal, saves, loader_states(trainer) if saves and not is_between else ())
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -184,19 +212,27 @@ class ExactResume(Callback):
         # Training ends inside an epoch. What others do now, at what they take for its end, a longer run would not do here.
         batch = place_of(trainer).batch
         if batch and self._is_new(trainer) and self._keeps_place and batch % trainer.accumulate_grad_batches == 0:
-            self._save(trainer, _inside_epoch)
+            self._save(trainer, inside_epoch, loader_states(trainer))
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_new(trainer) and place_of(trainer).batch == 0:
-            self._save(trainer, _at_epoch_end)
+            self._save(trainer, at_epoch_end)
         elif self._is_new(trainer):
             logger.warning(
                 "Training ended inside an epoch, at a place from which it cannot go on exactly: no checkpoint was written there. "
                 "The newest is %s.",
                 self.last_saved,
             )
+        self._let_go()
         self._departure.forget()
+
+    def _let_go(self) -> None:
+        """Forget what was loaded: the run goes on, or has been at its end."""
+        self._loaded = None
+        if self._release is not None:
+            self._release()
+            self._release = None
 
     def _is_new(self, trainer: L.Trainer) -> bool:
         """Whether a checkpoint is to be written at the end, and the newest one is older than that."""
@@ -224,8 +260,14 @@ class ExactResume(Callback):
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(self.dirpath) if self.dirpath is not None else Path(trainer.default_root_dir) / "checkpoints"
 
-    def _save(self, trainer: L.Trainer, settle: Callable[[dict[str, Any]], None]) -> None:
-        """Write a checkpoint; every rank must come by. `settle` makes Lightning's counters say where the run stands."""
+    def _save(self, trainer: L.Trainer, settle: Callable[[dict[str, Any]], None], loaders: Sequence[Any] = ()) -> None:
+        """Write a checkpoint; every rank must come by.
+
+        Args:
+            trainer: Whose run it is.
+            settle: Makes Lightning's counters say where the run stands.
+            loaders: What the user's own loaders of this process told of their place.
+        """
         folder = self._folder(trainer)
         checkpoint = folder / f"step={trainer.global_step}.ckpt"
         if trainer.is_global_zero:
@@ -233,7 +275,7 @@ class ExactResume(Callback):
             checkpoints.sweep(folder)
         trainer.strategy.barrier("checkpoint folder")
         manifest = self._manifest(trainer)
-        self._settle = settle
+        self._settle, self._loaders = settle, list(loaders)
         try:
             with checkpoints.explained_failure(checkpoint):
                 trainer.save_checkpoint(checkpoints.part_path(checkpoint), weights_only=False)
@@ -284,17 +326,14 @@ class ExactResume(Callback):
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Any: Lightning's own type. Others' checkpoints get all this too; only their place is where Lightning says.
-        own = {
-            "random": random_state(pl_module.device),
-            "parts": {name: part.rank_state() for name, part in carriers_of(trainer).items()},
-        }
+        own = state_of_process(trainer, self._loaders if self._settle is not None else loader_states(trainer))
         alerts = _alerts_of(trainer)
         checkpoint[STATE] = {
             "version": STATE_VERSION,
             "ranks": (self._processes or Processes()).gathered(own),
             "world_size": trainer.world_size,
             "place": tuple(place_of(trainer)),
-            "batches_that_stepped": trainer.fit_loop.epoch_loop._batches_that_stepped,  # noqa: SLF001
+            "batches_that_stepped": counted_steps(trainer),
             "alerts_bytes": alerts.stat().st_size if alerts is not None and alerts.exists() else 0,
             "digests": self._digests(),
             "stopped": trainer.should_stop,
@@ -322,7 +361,11 @@ class ExactResume(Callback):
                 f"{STATE_VERSION}. Resume with the release that wrote it."
             )
         self._check_digests(state["digests"])
-        self._loaded = state | {"own": _own(state, RunPlace(*state["place"]), trainer)}
+        own = own_state(state, RunPlace(*state["place"]), trainer)
+        self._loaded = state | {"own": own}
+        if own["loaders"]:
+            # What Lightning wrote is the place of the first process's loaders.
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own["loaders"]
 
     def _check_digests(self, written: Mapping[str, str]) -> None:
         now = self._digests()
@@ -338,35 +381,12 @@ class ExactResume(Callback):
             )
 
     def _hand_back(self, trainer: L.Trainer, loaded: dict[str, Any]) -> None:
-        parts = loaded["own"]["parts"]
-        for name, part in carriers_of(trainer).items():
-            if name in parts:
-                part.load_rank_state(parts[name])
+        load_loaders(trainer)
+        load_parts(trainer, loaded["own"])
         alerts = _alerts_of(trainer)
         if trainer.is_global_zero and alerts is not None and alerts.exists():
             # What was raised after the checkpoint will be raised again.
             os.truncate(alerts, min(alerts.stat().st_size, loaded["alerts_bytes"]))
-
-
-def _own(state: Mapping[str, Any], place: RunPlace, trainer: L.Trainer) -> dict[str, Any]:
-    """The state of this rank, where the run goes on with as many processes, or between two epochs with others."""
-    ranks: list[dict[str, Any]] = state["ranks"]
-    if state["world_size"] == trainer.world_size:
-        return ranks[trainer.global_rank]
-    if place.batch or any(part.get("is_bound_to_rank") for rank in ranks for part in rank["parts"].values()):
-        raise ValueError(
-            f"The checkpoint was written by {state['world_size']} process(es), {place.batch} micro-batches into epoch "
-            f"{place.epoch}, and this run has {trainer.world_size}. Which rows a process takes inside an epoch (and, in "
-            "reinforcement learning, what it has sampled) depends on their number, so that rows would be left out or trained on "
-            f"twice. Go on with {state['world_size']}, or from a checkpoint that was written when an epoch had ended."
-        )
-    logger.warning(
-        "The checkpoint was written by %d process(es), and the run goes on with %d: rows keep their order, other random numbers "
-        "begin anew, and the first report counts what the first process had half counted.",
-        state["world_size"],
-        trainer.world_size,
-    )
-    return ranks[trainer.global_rank % len(ranks)] if trainer.global_rank == 0 else {"random": None, "parts": {}}
 
 
 def _is_trial(trainer: L.Trainer) -> bool:
@@ -375,45 +395,5 @@ def _is_trial(trainer: L.Trainer) -> bool:
 
 
 def _alerts_of(trainer: L.Trainer) -> Path | None:
-    folder = trainer.log_dir or trainer.default_root_dir
-    return Path(folder) / ALERTS_FILE if trainer.loggers else None
-
-
-# Lightning resumes from where its own checkpoints are written, in hooks that run before a batch, a validation or an epoch has
-# been finished. These make its counters in a checkpoint say what they would say if there were a hook between two batches.
-
-
-def _at_batch_start(loop: dict[str, Any], loaders: list[Any]) -> None:
-    """A batch is there, and not begun: it will be fetched again."""
-    loop["state_dict"].pop("combined_loader", None)
-    if loaders:
-        loop["state_dict"]["combined_loader"] = loaders
-    progress = loop["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False
-    for count in (progress["total"], progress["current"]):
-        count["ready"] -= 1
-
-
-def _inside_epoch(loop: dict[str, Any]) -> None:
-    """Training ends inside an epoch, whose end has been counted."""
-    for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
-        count["processed"] -= 1
-    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-
-def _at_epoch_end(loop: dict[str, Any]) -> None:
-    """Training ended with an epoch: a longer run begins the next one, and counts its batches from 0."""
-    for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
-        count["ready"] += 1
-    loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-    for name in ("batch_progress", "scheduler_progress", "automatic_optimization.optim_progress"):
-        _zero(loop[f"epoch_loop.{name}"], "current")
-    _zero(loop["epoch_loop.val_loop.batch_progress"], "total")
-
-
-def _zero(progress: dict[str, Any], which: str) -> None:
-    for name, value in progress.items():
-        if name == which:
-            progress[name] = dict.fromkeys(value, 0)
-        elif isinstance(value, dict):
-            _zero(value, which)
+    folder = alerts_folder(trainer)
+    return None if folder is None else folder / ALERTS_FILE

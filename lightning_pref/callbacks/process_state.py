@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+
+from lightning_pref.data.run_place import RunPlace
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,20 @@ def keeps_place(trainer: L.Trainer) -> bool:
     return False
 
 
+def check_parts(trainer: L.Trainer) -> None:
+    """Raise where checkpoints would be written in parts that torch cannot put together again."""
+    if not isinstance(trainer.strategy, FSDPStrategy) or trainer.strategy._state_dict_type != "sharded":  # noqa: SLF001  # no public way
+        return
+    module = trainer.lightning_module
+    others = (each for each in module.modules() if type(each).get_extra_state is not nn.Module.get_extra_state)
+    if (other := next((each for each in others if not isinstance(each.get_extra_state(), Tensor)), None)) is not None:
+        raise ValueError(
+            "FSDP is to write checkpoints in parts (`state_dict_type: sharded`), and torch can read such a checkpoint only if it "
+            f"holds nothing but tensors: {type(other).__name__} of {type(module).__name__} adds something else. Set "
+            "`state_dict_type: full`, or use FSDP2 (`--trainer.strategy=fsdp2`), which reads both kinds."
+        )
+
+
 def random_state(device: torch.device) -> dict[str, Any]:  # Any: the formats of four libraries
     """The random states of Python, NumPy, torch, and this process's GPU."""
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002  # the global one is what users draw from
@@ -81,6 +99,61 @@ def load_random_state(state: dict[str, Any] | None, device: torch.device) -> Non
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def state_of_process(trainer: L.Trainer, loaders: list[Any]) -> dict[str, Any]:  # Any: plain data and tensors
+    """All that this process has for itself.
+
+    Args:
+        trainer: Of the run.
+        loaders: What the user's own loaders told of their place.
+    """
+    # Lightning's checkpoints leave the metrics out, and a schedule or a callback that goes by one would not find it.
+    seen: Mapping[str, Any] = trainer.callback_metrics  # users put numbers beside the tensors
+    metrics = {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        for name, value in seen.items()
+        if isinstance(value, Tensor | int | float)
+    }
+    return {
+        "random": random_state(trainer.strategy.root_device),
+        "parts": {name: part.rank_state() for name, part in carriers_of(trainer).items()},
+        "metrics": metrics,
+        "loaders": loaders,
+    }
+
+
+def load_parts(trainer: L.Trainer, own: Mapping[str, Any]) -> None:  # Any: as above
+    """Hand back what `state_of_process` kept, but for the random numbers and the loaders, which have their moments."""
+    for name, part in carriers_of(trainer).items():
+        if name in own["parts"]:
+            part.load_rank_state(own["parts"][name])
+    device = trainer.strategy.root_device
+    metrics = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own["metrics"].items()}
+    trainer.callback_metrics.update(metrics)
+
+
+def own_state(state: Mapping[str, Any], place: RunPlace, trainer: L.Trainer) -> dict[str, Any]:  # Any: as above
+    """The state of this rank, where the run goes on with as many processes, or between two epochs with others."""
+    ranks: list[dict[str, Any]] = state["ranks"]
+    if state["world_size"] == trainer.world_size:
+        return ranks[trainer.global_rank]
+    if place.batch or any(part.get("is_bound_to_rank") for rank in ranks for part in rank["parts"].values()):
+        raise ValueError(
+            f"The checkpoint was written by {state['world_size']} process(es), {place.batch} micro-batches into epoch "
+            f"{place.epoch}, and this run has {trainer.world_size}. Which rows a process takes inside an epoch (and, in "
+            "reinforcement learning, what it has sampled) depends on their number, so that rows would be left out or trained on "
+            f"twice. Go on with {state['world_size']}, or from a checkpoint that was written when an epoch had ended."
+        )
+    logger.warning(
+        "The checkpoint was written by %d process(es), and the run goes on with %d: rows keep their order, other random numbers "
+        "begin anew, and the first report counts what the first process had half counted.",
+        state["world_size"],
+        trainer.world_size,
+    )
+    if trainer.global_rank == 0:
+        return ranks[0]
+    return {"random": None, "parts": {}, "metrics": ranks[0]["metrics"], "loaders": []}
+
+
 class Processes:
     """The processes of a run, talking about small things on the host: the GPU need not be waited for.
 
@@ -95,13 +168,13 @@ class Processes:
             if self.world_size > 1 and "gloo" not in dist.get_backend():
                 self._group = dist.new_group(backend="gloo")
 
-    def any(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of these are so on any rank, on every rank the same."""
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any rank has of each of these, on every rank the same."""
         if self.world_size == 1:
-            return list(flags)
-        votes = torch.tensor([int(flag) for flag in flags])
+            return list(numbers)
+        votes = torch.tensor(numbers)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
-        return [bool(vote) for vote in votes.tolist()]
+        return [int(vote) for vote in votes.tolist()]
 
     def gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:  # Any: plain data and tensors
         """What every rank has, on the first one; its own alone on the others."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -121,7 +122,7 @@ def ches(
         playground=replace(playground, num_val_rows=0) if is_playground(data) else playground,
     )
     rows.prepare_data()
-    rows.setup("fit")
+    rows.setup(TrainerFn.FITTING)
     with_pairs = _rows_with_pairs(rows.train_table, data, pairs)
     policy = load_model(model, dtype=dtype)
     policy.to(device_named(device))  # type: ignore[arg-type]  # transformers wraps the method and loses its overloads

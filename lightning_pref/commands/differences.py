@@ -30,6 +30,11 @@ def whole_state(checkpoint: Path) -> dict[str, Any]:  # Any: what a checkpoint h
     if not checkpoint.is_dir():
         loaded: dict[str, Any] = torch.load(checkpoint, weights_only=True, map_location="cpu")
         return loaded
+    if not (checkpoint / ".metadata").exists():
+        raise ValueError(
+            f"The checkpoint {checkpoint} is a folder, but none of torch's distributed checkpoints (it has no `.metadata`; "
+            "DeepSpeed writes such); expected a file, or torch's format. Compare the weights that both runs export."
+        )
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     with tempfile.TemporaryDirectory() as folder:

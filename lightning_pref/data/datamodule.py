@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from lightning_pref.data.playground import Split
 from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSettings, is_playground
 from lightning_pref.data.rendering import check_template
 from lightning_pref.data.replay import check_choice, column_values, kept_by_chance, kept_by_value, with_replay
-from lightning_pref.data.run_place import RunPlace, place_of
+from lightning_pref.data.run_place import KeepsPlace
 from lightning_pref.data.sampler import GroupBatches, GroupBatchSampler, GroupLoader
 from lightning_pref.data.source_choice import check_held_out, check_sources, holds_out
 from lightning_pref.data.sources import read_rows
@@ -39,8 +39,6 @@ Part = Literal["train", "val", "replay"]
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 2
-
 # Where neither bound of a batch is given: four pairs of 2048 tokens, or many short ones.
 DEFAULT_MAX_TOKENS = 8192
 
@@ -48,7 +46,7 @@ DEFAULT_MAX_TOKENS = 8192
 DEFAULT_VAL_SIZE = 0.05
 
 
-class PreferenceData(L.LightningDataModule):
+class PreferenceData(KeepsPlace, L.LightningDataModule):
     """Preference pairs, ranked lists, labelled answers or demonstrations, from files, the hub or the playground.
 
     Rows are tokenised once into a memory-mapped cache that is found again by the content of everything it depends on. What a
@@ -152,8 +150,6 @@ class PreferenceData(L.LightningDataModule):
         self.cache_folder = Path(cache_dir) if cache_dir is not None else default_cache_folder()
         self.playground = playground
         self._tables: tuple[GroupTable, GroupTable | None] | None = None
-        self._place: RunPlace | None = None  # where a resumed run goes on
-        self._train_sampler: GroupBatchSampler | None = None
         self._check()
 
     def _check(self) -> None:
@@ -307,15 +303,8 @@ class PreferenceData(L.LightningDataModule):
             self.train_table, shuffle=True, accumulate=accumulate, limit_batches=limit_batches, **self._own_rank()
         )
         assert isinstance(loader.sampler, GroupBatchSampler), "`_loader` makes it so"
-        self._train_sampler = loader.sampler
-        self._go_on()
+        self._goes_on_by(loader.sampler.resume)
         return loader
-
-    def _go_on(self) -> None:
-        """Let a resumed run go on where it was; strategies that split weights read checkpoints after the loaders are made."""
-        if self._place is not None and self._train_sampler is not None:
-            self._train_sampler.resume(self._place.epoch, self._place.batch)
-            self._place = None
 
     @override
     def val_dataloader(self) -> GroupLoader | list[GroupLoader]:
@@ -373,29 +362,6 @@ class PreferenceData(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Any: Lightning's own signature. Lightning itself would wait for each copy.
         return batch.to(device, non_blocking=True)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
-        place = RunPlace(0, 0) if self.trainer is None else place_of(self.trainer)
-        return {"version": STATE_VERSION, "place": tuple(place)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
-        if self.trainer is None or self.trainer.state.fn == "fit":  # testing a checkpoint is no resume
-            self._place = resumed_place(state_dict)
-            self._go_on()
-
-
-def resumed_place(state_dict: Mapping[str, Any]) -> RunPlace:  # Any: as above
-    """Where the data of a checkpoint goes on."""
-    if state_dict.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"The checkpoint holds version {state_dict.get('version')!r} of the state of the data; this release reads version "
-            f"{STATE_VERSION}. Resume with the release that wrote it."
-        )
-    # Lightning asks this of the loader; here the data module keeps the place.
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended", category=PossibleUserWarning)
-    return RunPlace(*state_dict["place"])
 
 
 def hold_out(table: GroupTable, size: float) -> tuple[GroupSubset, GroupSubset]:

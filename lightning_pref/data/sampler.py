@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_pref.data.groups import GroupBatch
 from lightning_pref.data.packing import EpochPlanner, PlannedBatch, window_counts
+from lightning_pref.data.run_place import RunPlace
 from lightning_pref.data.store import GroupTable
 
 
@@ -109,18 +110,19 @@ class GroupBatchSampler(DistributedSampler[PlannedBatch]):
             self._start = 0
         self.epoch = epoch
 
-    def resume(self, epoch: int, batch: int) -> None:
-        """Let the next pass begin at this batch of this epoch; later passes are whole again.
+    def resume(self, place: RunPlace) -> None:
+        """Let the next pass begin at this micro-batch of this epoch; later passes are whole again.
 
         A plan depends on nothing but the table, the settings, the seed and the epoch, so these two numbers are all that has
         to be kept to go on inside an epoch.
         """
-        if not 0 <= batch <= len(self):
+        if not 0 <= place.batch <= len(self):
             raise ValueError(
-                f"The checkpoint was written {batch} micro-batches into an epoch, and an epoch has {len(self)} of them now: the "
-                "data, the size of a batch or the number of processes is another. Resume with what the run was started with."
+                f"The checkpoint was written {place.batch} micro-batches into an epoch, and an epoch has {len(self)} of them "
+                "now: the data, the size of a batch or the number of processes is another. Resume with what the run was started "
+                "with."
             )
-        self.epoch, self._start = epoch, batch
+        self.epoch, self._start = place
 
 
 class GroupLoader(DataLoader[GroupBatch]):

@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_pref.data.datamodule import STATE_VERSION, resumed_place
 from lightning_pref.data.loading import OnBadRow
 from lightning_pref.data.playground import Split
 from lightning_pref.data.playground_source import PlaygroundRows, PlaygroundSettings, is_playground
 from lightning_pref.data.rendering import check_template
-from lightning_pref.data.run_place import RunPlace, place_of
+from lightning_pref.data.run_place import KeepsPlace, place_of
 from lightning_pref.data.source_choice import check_held_out, check_sources
 from lightning_pref.data.sources import RowSource, read_rows
 from lightning_pref.data.templates import Tokenization
@@ -37,7 +36,7 @@ from lightning_pref.rollouts.validation import HeldOutLoader, HeldOutSampling, H
 log = logging.getLogger(__name__)
 
 
-class RolloutData(L.LightningDataModule):
+class RolloutData(KeepsPlace, L.LightningDataModule):
     """Prompts to be answered by the policy in training, and the reward of its answers.
 
     A rollout takes `num_prompts` prompts on each rank, samples `num_samples` responses to each, and is trained on for
@@ -147,7 +146,6 @@ class RolloutData(L.LightningDataModule):
         self._val_prompts: list[Prompt] | None = None
         self._rewards: tuple[Reward, Reward | None] | None = None
         self._loader: ExperienceLoader | None = None
-        self._place: RunPlace | None = None  # where a resumed run goes on
         self._check()
 
     def _check(self) -> None:
@@ -273,14 +271,8 @@ class RolloutData(L.LightningDataModule):
             instruments=partial(self._instruments, self.sampling),
             collector=self._collector,
         )
-        self._go_on()
+        self._goes_on_by(self._loader.resume)
         return self._loader
-
-    def _go_on(self) -> None:
-        """Let a resumed run go on where it was; strategies that split weights read checkpoints after the loader is made."""
-        if self._place is not None and self._loader is not None:
-            self._loader.resume(self._place)
-            self._place = None
 
     def _sampler(self, prompts: list[Prompt]) -> PromptSampler:
         place = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
@@ -290,11 +282,13 @@ class RolloutData(L.LightningDataModule):
     @override
     def val_dataloader(self) -> HeldOutLoader | list[HeldOutLoader]:
         if self._val_prompts is not None:
-            sampling = self.val_sampling.of(self.sampling)
+            sampling, num_samples = self.val_sampling.of(self.sampling), self.val_sampling.num_samples
             return HeldOutLoader(
                 self._val_prompts,
                 self._sampler(self._val_prompts),
-                num_samples=self.val_sampling.num_samples,
+                num_samples=num_samples,
+                # A step has as many prompts as a rollout, so that a part of it is about as large as a micro-batch.
+                num_parts=-(-self._plan().num_parts * num_samples // self.num_samples),
                 instruments=partial(self._instruments, sampling),
             )
         # An empty list is how Lightning is told that there is no validation; it wonders about it all the same.
@@ -349,17 +343,6 @@ class RolloutData(L.LightningDataModule):
         if isinstance(batch, HeldOutTask):
             return batch  # it holds no tensors
         return batch.to(device, non_blocking=True)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:  # Any: Lightning's own type
-        place = RunPlace(0, 0) if self.trainer is None else place_of(self.trainer)
-        return {"version": STATE_VERSION, "place": tuple(place)}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: as above
-        if self.trainer is None or self.trainer.state.fn == "fit":  # testing a checkpoint is no resume
-            self._place = resumed_place(state_dict)
-            self._go_on()
 
     def rank_state(self) -> dict[str, Any]:  # Any: plain data and tensors
         """The rollout of this process that is being trained on, for an exact resume in its middle."""

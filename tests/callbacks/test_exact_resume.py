@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from placed_loaders import PlacedLoader
 from resumed_runs import MAKERS, checkpoint, checkpoints_by_step, dpo, pair_data, run
 from rollouts import MOVING, speaker
 from speakers import pair_rows
@@ -300,27 +301,6 @@ class Foreign(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-class Stateful(DataLoader[Tensor]):
-    """A loader that tells its place, as torchdata's does: by the batches that were taken from it."""
-
-    taken = 0
-
-    @override
-    def __iter__(self) -> Any:  # Any: an iterator of batches
-        self.taken %= len(self)
-        start = self.taken
-        for number, batch in enumerate(super().__iter__()):
-            if number >= start:
-                self.taken += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.taken = state["taken"]
-
-
 def foreign(folder: Path, loader: type[DataLoader[Tensor]], resume: Path | None = None) -> dict[str, Tensor]:
     L.seed_everything(3, verbose=False)
     rows: Any = list(pair_rows(20))
@@ -339,11 +319,11 @@ def foreign(folder: Path, loader: type[DataLoader[Tensor]], resume: Path | None 
 
 
 def test_C1_somebody_elses_module_and_loader_resume_exactly(tmp_path: Path) -> None:
-    expected = foreign(tmp_path / "whole", Stateful)
+    expected = foreign(tmp_path / "whole", PlacedLoader)
     places = checkpoints_by_folder(tmp_path / "whole")
     assert sorted(places) == list(range(1, 11))
     for step in range(1, 10):
-        found = foreign(tmp_path / f"from-{step}", Stateful, places[step])
+        found = foreign(tmp_path / f"from-{step}", PlacedLoader, places[step])
         assert all(torch.equal(expected[key], found[key]) for key in expected), f"after update {step}"
 
 

@@ -13,7 +13,7 @@ import yaml
 from rollouts import speaker
 
 from lightning_pref.__main__ import main
-from lightning_pref.commands.differences import first_difference, metrics_difference
+from lightning_pref.commands.differences import first_difference, metrics_difference, whole_state
 from lightning_pref.data.playground_tokenizer import playground_tokenizer
 
 
@@ -99,3 +99,9 @@ def test_metrics_are_compared_but_for_what_a_clock_decides(tmp_path: Path) -> No
         (tmp_path / name / "metrics.csv").write_text(f"step,loss,throughput/rows_per_second\n1,{loss},\n1,,{speed}\n")
     assert metrics_difference(tmp_path / "a", tmp_path / "b") is None
     assert metrics_difference(tmp_path / "a", tmp_path / "c") == "metrics.csv, row [0]/loss: '1.5' against '2.5'"
+
+
+def test_a_folder_in_nobodys_format_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint is a folder, .* \(it has no `\.metadata`; DeepSpeed writes such\)"):
+        whole_state(tmp_path / "checkpoint")

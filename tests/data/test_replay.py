@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speakers import quiet_trainer
 from torch import Tensor
 
 from lightning_pref.data.datamodule import PreferenceData
@@ -92,16 +93,7 @@ class Recorder(L.LightningModule):
 
 def fit(data: PreferenceData, folder: Path) -> Recorder:
     module = Recorder()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=3,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=3, default_root_dir=folder)
     trainer.fit(module, data)
     return module
 

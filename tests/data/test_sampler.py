@@ -1,18 +1,19 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from torch import Tensor
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup, WindowCounts
+from lightning_pref.data.run_place import RunPlace
 from lightning_pref.data.sampler import GroupBatches, GroupBatchSampler, GroupLoader
 from lightning_pref.data.store import GroupStore, GroupStoreWriter
 
@@ -133,7 +134,7 @@ def test_resuming_goes_on_with_the_next_batch_and_only_once(tmp_path: Path, rand
     for batches in (whole, resumed):
         batches.sampler.set_epoch(4)
     expected = [batch.row_ids.tolist() for batch in whole]
-    resumed.sampler.resume(4, 3)
+    resumed.sampler.resume(RunPlace(4, 3))
     resumed.sampler.set_epoch(4)
     assert [batch.row_ids.tolist() for batch in resumed] == expected[3:]
     assert [batch.row_ids.tolist() for batch in resumed] == expected
@@ -141,11 +142,11 @@ def test_resuming_goes_on_with_the_next_batch_and_only_once(tmp_path: Path, rand
 
 def test_a_position_is_forgotten_when_another_epoch_begins(tmp_path: Path, random_groups: Groups) -> None:
     batches = loader(stored(tmp_path / "store", random_groups(9)), batch_size=3)
-    batches.sampler.resume(0, 3)
+    batches.sampler.resume(RunPlace(0, 3))
     batches.sampler.set_epoch(1)
     assert len(list(batches)) == 3
     with pytest.raises(ValueError, match="4 micro-batches into an epoch, and an epoch has 3 of them now"):
-        batches.sampler.resume(0, 4)
+        batches.sampler.resume(RunPlace(0, 4))
 
 
 class Recorder(L.LightningModule):
@@ -196,32 +197,20 @@ def test_a_trainer_sees_every_row_once_an_epoch_in_changing_order(tmp_path: Path
     assert module.val_rows == list(range(13)) * 2
 
 
-@dataclass
-class Job:
-    folder: Path
-    port: int
-
-
-def run_rank(rank: int, job: Job) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port), WORLD_SIZE="2", LOCAL_RANK=str(rank), RANK=str(rank), NODE_RANK="0"
-    )
-    torch.set_num_threads(1)
-    store = GroupStore(job.folder / "store")
+def seen_rows(folder: Path, rank: int, ranks: int) -> dict[str, list[Any]]:
+    store = GroupStore(folder / "store")
     module = Recorder()
-    settings: dict[str, object] = {"num_replicas": 2, "rank": rank, "batch_size": 4}
-    trainer = quiet_trainer(job.folder, max_epochs=2, devices=2, strategy="ddp", accumulate_grad_batches=1)
+    settings: dict[str, object] = {"num_replicas": ranks, "rank": rank, "batch_size": 4}
+    trainer = quiet_trainer(folder, max_epochs=2, devices=ranks, strategy="ddp", accumulate_grad_batches=1)
     train, val = loader(store, **settings), loader(store, shuffle=False, **settings)
     trainer.fit(module, train, val)
-    torch.save({"rows": module.rows, "val": module.val_rows}, job.folder / f"{rank}.pt")
+    return {"rows": module.rows, "val": module.val_rows}
 
 
 @pytest.mark.slow
 def test_N5_two_processes_see_every_row_once_between_them(tmp_path: Path, random_groups: Groups) -> None:
     stored(tmp_path / "store", random_groups(13))
-    port = 20_000 + os.getpid() % 20_000
-    mp.spawn(run_rank, args=(Job(tmp_path, port),), nprocs=2)
-    seen = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    seen = launched(seen_rows, tmp_path, 2)
     for epoch in range(2):
         assert sorted(seen[0]["rows"][epoch] + seen[1]["rows"][epoch]) == list(range(13))
     assert sorted(seen[0]["val"] + seen[1]["val"]) == sorted([*range(13)] * 2)

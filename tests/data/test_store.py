@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lightning_pref.data import store as store_module
 from lightning_pref.data.groups import PromptGroup
-from lightning_pref.data.store import FORMAT_VERSION, MANIFEST, GroupStore, GroupStoreWriter, GroupSubset
+from lightning_pref.data.store import GroupStore, GroupStoreWriter, GroupSubset
+from lightning_pref.data.store_files import FORMAT_VERSION, MANIFEST
 
 
 def write(folder: Path, groups: Iterable[PromptGroup], vocab_size: int = 300) -> GroupStore:
