@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from lightning_pref.alerts import ALERT_RULES, Alert, AlertRule, Judge, Limit, alert_rules
+from lightning_pref.alerts import ALERT_RULES, Alert, AlertRule, Limit
+from lightning_pref.judge import Judge, alert_rules
 
 HIGH = AlertRule(limits=(Limit("x/value", above=1.0),), patience=3, advice="Lower x.")
 BOTH = AlertRule(level="critical", limits=(Limit("x/up", above=1.0), Limit("x/down", below=-1.0)), advice="Look.")

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from speakers import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -62,16 +63,7 @@ class Speaker(L.LightningModule):
 
 def fit(module: L.LightningModule, callbacks: Sequence[Callback], tmp_path: Any) -> None:
     loader: DataLoader[Any] = DataLoader([torch.ones(2)] * 4, batch_size=2)
-    trainer = L.Trainer(
-        max_epochs=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(callbacks=list(callbacks), default_root_dir=tmp_path)
     trainer.fit(module, loader, loader)
 
 

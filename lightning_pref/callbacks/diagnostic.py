@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,11 +16,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_pref.alerts import Alert, Judge, alert_rules
+from lightning_pref.alerts import Alert
 from lightning_pref.callbacks.hosts import Host, LightningHost
+from lightning_pref.judge import Judge, alert_rules
 from lightning_pref.measures.updates import was_executed
 
 STATE_VERSION = 1
+# Updates between two reports where nobody says how many, and the trainer logs no metrics of its own.
+FALLBACK_CADENCE = 50
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +117,10 @@ class Diagnostic(Callback):
     def is_due(self, every: int) -> bool:
         """Whether the count of updates reached a multiple of `every` with this micro-batch, in which several may be made."""
         return self.updates // every > self._updates_before_batch // every
+
+    def cadence(self, host: Host, every_n_updates: int | None = None) -> int:
+        """Updates between two reports: so many if given, else the trainer's own logging interval."""
+        return every_n_updates or host.log_every or FALLBACK_CADENCE
 
     # Counting of updates.
 
@@ -263,3 +271,46 @@ class Diagnostic(Callback):
         )
         first: Mapping[str, Any] = state_dict["measured"]
         return first
+
+
+class PeriodicDiagnostic(Diagnostic):
+    """A diagnostic that reports every so many updates, and on what is left when training ends.
+
+    Args:
+        every_n_updates: Updates between two reports; the trainer's own logging interval if not given.
+        thresholds: Limits of alerts other than those in `ALERT_RULES`.
+    """
+
+    def __init__(self, *, every_n_updates: int | None = None, thresholds: Mapping[str, float] | None = None) -> None:
+        if every_n_updates is not None and every_n_updates < 1:
+            raise ValueError(f"`every_n_updates` must be at least 1, got {every_n_updates!r}.")
+        super().__init__(thresholds=thresholds)
+        self.every_n_updates = every_n_updates
+        self._reported_at = 0
+
+    @abstractmethod
+    def tell(self, host: Host) -> None:
+        """Log what was measured since the last report, and raise the alerts it gives reason for."""
+
+    def has_news(self) -> bool:
+        """Whether the end of training finds something that no report has told yet."""
+        return self.updates > self._reported_at
+
+    @override
+    def watch(self, optimizers: Sequence[object]) -> None:
+        super().watch(optimizers)
+        self._reported_at = self.updates
+
+    @override
+    def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
+        if updated and self.is_due(self.cadence(host, self.every_n_updates)):
+            self._report(host)
+
+    @override
+    def finish(self, host: Host) -> None:
+        if self.has_news():
+            self._report(host)
+
+    def _report(self, host: Host) -> None:
+        self._reported_at = self.updates
+        self.tell(host)

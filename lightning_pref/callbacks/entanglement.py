@@ -13,8 +13,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_pref.callbacks.diagnostic import Key
-from lightning_pref.callbacks.hosts import Host
-from lightning_pref.callbacks.monitor import Monitor
+from lightning_pref.callbacks.monitor import ProbedMonitor
 from lightning_pref.callbacks.probe import Score
 from lightning_pref.losses.pair import PairLogps
 from lightning_pref.losses.preference import PreferenceLoss, loss_options, sensitivities
@@ -122,7 +121,7 @@ class EntangledPairs(Metric):
         return dict(zip(NAMES, (self.sums / self.counts).unbind(), strict=True))
 
 
-class EntanglementMonitor(Monitor[EntangledPairs]):
+class EntanglementMonitor(ProbedMonitor[EntangledPairs]):
     """Watches whether chosen and rejected responses can move apart, or drag each other along (gradient entanglement).
 
     Yuan et al. 2024, arXiv 2410.13828. Two things are measured on fixed pairs. What the responses did since the last
@@ -146,6 +145,7 @@ class EntanglementMonitor(Monitor[EntangledPairs]):
     """
 
     prefix = "entanglement"
+    scored_by = "entanglement_score(lambda module, batch: head_inputs(module.policy, batch))"
     consumes = (PairObservation, GradientObservation)
     keys = (
         Key("entanglement/cosine", "Mean cosine between the gradients of both responses in the output matrix."),
@@ -232,17 +232,6 @@ class EntanglementMonitor(Monitor[EntangledPairs]):
     @override
     def summarize(self, accumulator: EntangledPairs) -> Mapping[str, Tensor]:
         return {f"entanglement/{name}": value for name, value in accumulator.compute().items()}
-
-    @override
-    def wanted(self) -> str:
-        return "observation of a probe"
-
-    @override
-    def wiring(self, host: Host) -> str:
-        return (
-            "It watches a fixed set of pairs; attach one beside it: Probe('pairs', batches, "
-            "entanglement_score(lambda module, batch: head_inputs(module.policy, batch)))."
-        )
 
     @override
     def measured_state(self) -> dict[str, Any]:

@@ -101,9 +101,7 @@ class LightningHost:
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trainer = trainer
         self._module = module
-        # All ranks come by here; the trainer's own property asks rank 0 for the folder. Without loggers nothing is written.
-        folder = trainer.log_dir or trainer.default_root_dir
-        self.folder = Path(folder) if trainer.loggers else None
+        self.folder = alerts_folder(trainer)
 
     @property
     def module(self) -> L.LightningModule:
@@ -172,15 +170,28 @@ class LightningHost:
         held = [config for config in trainer.lr_scheduler_configs if config.interval == "step"]
         for config in held:
             config.interval = HELD
-        clip_value = trainer.gradient_clip_val
-        trainer.gradient_clip_val = None  # torch cannot clip no gradients by value
+        clip_again = self.leave_unclipped()
 
         def release() -> None:
             for config in held:
                 config.interval = "step"
-            trainer.gradient_clip_val = clip_value
+            clip_again()
 
         return release
+
+    def leave_unclipped(self) -> Callable[[], None]:
+        """Have Lightning clip nothing in the coming update, whose gradients are gone; gives what ends that.
+
+        Of gradients that are not there torch can take the norm, but it cannot clip them by value.
+        """
+        trainer = self.trainer
+        clip_value = trainer.gradient_clip_val
+        trainer.gradient_clip_val = None
+
+        def clip_again() -> None:
+            trainer.gradient_clip_val = clip_value
+
+        return clip_again
 
     def publish(self, observation: Observation, source: str) -> None:
         observe(self._module, observation, source=source)
@@ -197,6 +208,13 @@ class LightningHost:
             f"Publish one from your step:      observe(self, {call})\n"
             f"or, without editing the module:  Trainer(callbacks=[{diagnostic}(...), ObserveOutputs(lambda out, batch: {call})])"
         )
+
+
+def alerts_folder(trainer: L.Trainer) -> Path | None:
+    """Where a run's `alerts.jsonl` lies, `None` where it has none; every rank must come by."""
+    # The trainer's own property asks rank 0 for the folder. Without loggers nothing is written.
+    folder = trainer.log_dir or trainer.default_root_dir
+    return Path(folder) if trainer.loggers else None
 
 
 def as_floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:

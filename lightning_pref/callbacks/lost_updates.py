@@ -15,7 +15,6 @@ from typing_extensions import override
 
 from lightning_pref.callbacks.diagnostic import Diagnostic, Key
 from lightning_pref.callbacks.hosts import Host, LightningHost, as_floats
-from lightning_pref.callbacks.monitor import FALLBACK_CADENCE
 from lightning_pref.callbacks.optimizer_state import local
 from lightning_pref.callbacks.update_parts import num_copies, num_flat_shards
 from lightning_pref.measures.lost_updates import is_lost, sample_places
@@ -120,9 +119,8 @@ class LostUpdateMeter(Diagnostic):
     @override
     def before_update(self, host: Host, optimizer: Optimizer) -> None:
         index = next(i for i, mine in enumerate(self._optimizers) if mine is optimizer)
-        every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
         self._samples.pop(index, None)  # of a step that a loss scaler skipped
-        if (self._steps.get(index, 0) + 1) % every:
+        if (self._steps.get(index, 0) + 1) % self.cadence(host, self.every_n_updates):
             return
         self._rate = float(optimizer.param_groups[0]["lr"])
         self._samples[index] = [

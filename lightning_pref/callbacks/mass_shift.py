@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_pref.callbacks.diagnostic import Key
 from lightning_pref.callbacks.hosts import Host
-from lightning_pref.callbacks.monitor import Monitor
+from lightning_pref.callbacks.monitor import ProbedMonitor
 from lightning_pref.measures.mass_shift import MassShiftSummary, mass_shift, probability_change
 from lightning_pref.models.first_difference import FirstDifferenceObservation
 from lightning_pref.observations import Observation
@@ -65,7 +65,7 @@ class ShiftedMass(Metric):
         return self.sums / self.counts
 
 
-class MassShift(Monitor[ShiftedMass]):
+class MassShift(ProbedMonitor[ShiftedMass]):
     """Watches, on fixed pairs, which tokens and responses gain what chosen and rejected responses lose.
 
     At the first position where the two responses of a pair differ, the whole next-token distribution is compared with that of
@@ -88,6 +88,7 @@ class MassShift(Monitor[ShiftedMass]):
     """
 
     prefix = "mass_shift"
+    scored_by = "lambda module, batch: first_differences(module.policy, batch)"
     consumes = (FirstDifferenceObservation,)
     keys = (
         Key("mass_shift/chosen_token", "Change of the chosen response's token where the responses first differ.", "probability"),
@@ -176,17 +177,6 @@ class MassShift(Monitor[ShiftedMass]):
     def evidence(self, rule: str, source: str) -> str:
         gained = ", ".join(f"{_name(shift)} {shift.change:+.3f}" for shift in self.gainers(source, 3))
         return f"Most gained {gained}." if gained else ""
-
-    @override
-    def wanted(self) -> str:
-        return "observation of a probe"
-
-    @override
-    def wiring(self, host: Host) -> str:
-        return (
-            "It watches a fixed set of pairs; attach one beside it: Probe('pairs', batches, lambda module, batch: "
-            "first_differences(module.policy, batch))."
-        )
 
     @override
     def finish(self, host: Host) -> None:

@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning as L
 import torch
@@ -14,20 +14,18 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_pref.callbacks.diagnostic import Diagnostic
+from lightning_pref.callbacks.diagnostic import PeriodicDiagnostic
 from lightning_pref.callbacks.hosts import Host, as_floats
 from lightning_pref.observations import Observation, Observer
 
 TRAIN, VAL, TEST = "train", "val", "test"
 # Its outputs go to their caller, who has them all; nothing marks the end of a report.
 UNHEARD = ("predict",)
-# Where a trainer logs no metrics of its own.
-FALLBACK_CADENCE = 50
 
 A = TypeVar("A", bound=Metric)
 
 
-class Monitor(Diagnostic, Observer, Generic[A]):
+class Monitor(PeriodicDiagnostic, Observer, Generic[A]):
     """A diagnostic that accumulates observations and reports on them.
 
     A concrete monitor says what it consumes and how, by `new_accumulator`, `update` and `summarize`. There is one accumulator
@@ -47,12 +45,9 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         silent_after: int = 200,
         thresholds: Mapping[str, float] | None = None,
     ) -> None:
-        if every_n_updates is not None and every_n_updates < 1:
-            raise ValueError(f"`every_n_updates` must be at least 1, got {every_n_updates!r}.")
         if silent_after < 1:
             raise ValueError(f"`silent_after` must be at least 1 batch, got {silent_after!r}.")
-        super().__init__(thresholds=thresholds)
-        self.every_n_updates = every_n_updates
+        super().__init__(every_n_updates=every_n_updates, thresholds=thresholds)
         self.silent_after = silent_after
         self._accumulators: dict[str, A] = {}
         self._heard: dict[str, int] = {}  # observations since the last flush, by source
@@ -114,9 +109,7 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         self._batches += 1
         if self._batches == self.silent_after:
             self._refuse_silence(host, f"first {self._batches} training batches")
-        every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
-        if updated and self.is_due(every):
-            self.flush(host, TRAIN)
+        super().after_batch(host, outputs, batch, updated)
 
     @override
     def end_epoch(self, host: Host) -> None:
@@ -133,7 +126,11 @@ class Monitor(Diagnostic, Observer, Generic[A]):
             self.flush(self._lightning(trainer, pl_module), TEST)
 
     @override
-    def finish(self, host: Host) -> None:
+    def has_news(self) -> bool:
+        return True  # batches without an update, too; a flush without any says nothing
+
+    @override
+    def tell(self, host: Host) -> None:
         self.flush(host, TRAIN)
 
     def flush(self, host: Host, source: str) -> None:
@@ -197,6 +194,20 @@ class Monitor(Diagnostic, Observer, Generic[A]):
         self._has_heard = state["has_heard"]
         self._is_fed = state["is_fed"]
         self._batches = state["batches"]
+
+
+class ProbedMonitor(Monitor[A]):
+    """A monitor of a fixed set of pairs, which hears of nothing else than a `Probe` beside it."""
+
+    scored_by: ClassVar[str]  # what the probe calls, as a user writes it
+
+    @override
+    def wanted(self) -> str:
+        return "observation of a probe"
+
+    @override
+    def wiring(self, host: Host) -> str:
+        return f"It watches a fixed set of pairs; attach one beside it: Probe('pairs', batches, {self.scored_by})."
 
 
 def device_of(observation: Observation) -> torch.device:

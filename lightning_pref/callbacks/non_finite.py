@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pref.callbacks.diagnostic import Diagnostic, Key
+from lightning_pref.callbacks.diagnostic import Diagnostic, Key, PeriodicDiagnostic
 from lightning_pref.callbacks.hosts import Host
-from lightning_pref.callbacks.monitor import FALLBACK_CADENCE
 from lightning_pref.callbacks.optimizer_state import local
 from lightning_pref.callbacks.row_ids import Rows, group_rows, rows_as_text, rows_of_all_ranks
 from lightning_pref.callbacks.update_parts import drop_gradients, local_gradients
@@ -57,7 +56,7 @@ class _Finding(NamedTuple):
         return ", and ".join(parts)
 
 
-class NonFiniteGuard(Diagnostic):
+class NonFiniteGuard(PeriodicDiagnostic):
     """Watches every update for a loss or a gradient that is nan or infinite.
 
     Needs: nothing of the module.
@@ -96,15 +95,13 @@ class NonFiniteGuard(Diagnostic):
     ) -> None:
         if stop_after is not None and stop_after < 1:
             raise ValueError(f"`stop_after` must be at least 1, or None for never, got {stop_after!r}.")
-        super().__init__(thresholds=thresholds)
+        super().__init__(every_n_updates=every_n_updates, thresholds=thresholds)
         self.stop_after = stop_after
         self.rows = rows or group_rows
         self.max_events = max_events
-        self.every_n_updates = every_n_updates
         self.in_a_row = 0
         self.events: list[dict[str, Any]] = []  # Any: strings, numbers, lists of row ids
         self._skipped = 0  # since the last report
-        self._reported_at = 0
         self._micro_batches: list[_MicroBatch] = []
         self._is_window_over = False
         self._release: Callable[[], None] | None = None
@@ -120,10 +117,6 @@ class NonFiniteGuard(Diagnostic):
         if there.index(self) > first:  # never back: Lightning is going through this list, and would leave one out
             there.remove(self)
             there.insert(first, self)
-
-    @override
-    def start(self, host: Host) -> None:
-        self._reported_at = self.updates
 
     @override
     def batch_begins(self) -> None:
@@ -229,19 +222,16 @@ class NonFiniteGuard(Diagnostic):
     # Telling.
 
     @override
-    def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
-        every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
-        if updated and self.is_due(every):
-            self._report(host)
-
-    @override
     def finish(self, host: Host) -> None:
         self._end_passing()
-        if self.updates > self._reported_at or self._skipped:
-            self._report(host)
+        super().finish(host)
 
-    def _report(self, host: Host) -> None:
-        self._reported_at = self.updates
+    @override
+    def has_news(self) -> bool:
+        return super().has_news() or self._skipped > 0
+
+    @override
+    def tell(self, host: Host) -> None:
         values = {"non_finite/skipped": float(self._skipped), "non_finite/in_a_row": float(self.in_a_row)}
         self._skipped = 0
         host.log(values)

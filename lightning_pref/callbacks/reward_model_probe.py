@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pref.alerts import Judge, alert_rules
 from lightning_pref.callbacks.diagnostic import Key
 from lightning_pref.callbacks.hosts import Host, as_floats
 from lightning_pref.callbacks.probe import Probe, Score, batches_of_rank
 from lightning_pref.callbacks.reward_variance import PREFIX, RewardVarianceMonitor, reported
+from lightning_pref.judge import Judge, alert_rules
 from lightning_pref.measures.teaching import compare_pairs, end_share, length_correlation, score_drift
 from lightning_pref.measures.variance import STD_FLOOR, RewardVariance, prompt_slots
 from lightning_pref.observations import Observation, RewardObservation

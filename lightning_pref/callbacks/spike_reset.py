@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,19 +16,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_pref.callbacks.diagnostic import Diagnostic, Key
+from lightning_pref.callbacks.diagnostic import Key, PeriodicDiagnostic
 from lightning_pref.callbacks.hosts import Host, LightningHost
-from lightning_pref.callbacks.monitor import FALLBACK_CADENCE
 from lightning_pref.callbacks.optimizer_state import is_bitsandbytes
-from lightning_pref.callbacks.row_ids import Rows, group_rows, rows_of_all_ranks
+from lightning_pref.callbacks.row_ids import Rows, group_rows, rows_as_text, rows_of_all_ranks
+from lightning_pref.callbacks.spike_evidence import EvidenceMode, Signal
 from lightning_pref.callbacks.spike_ladder import Rung
-from lightning_pref.callbacks.spike_modes import Answer, EvidenceMode, Mode, Signal, SpamMode
+from lightning_pref.callbacks.spike_modes import Answer, Mode
 from lightning_pref.callbacks.spike_settings import refuse_settings
+from lightning_pref.callbacks.spike_spam import SpamMode
 from lightning_pref.callbacks.spike_track import Measured, Track, UpdateParts
 from lightning_pref.callbacks.update_parts import LocalGradient, local_gradients, num_flat_shards, squared_norm
 
 
-class SpikeAwareOptimizerReset(Diagnostic):
+class SpikeAwareOptimizerReset(PeriodicDiagnostic):
     """Watches gradients, and in mode `evidence` the loss and the size of updates, for spikes that spoil Adam's moments.
 
     Needs: one of the optimisers listed in `callbacks/optimizer_state.py`; nothing of the module.
@@ -106,12 +107,11 @@ class SpikeAwareOptimizerReset(Diagnostic):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name != "self"}
         refuse_settings(settings, inspect.signature(SpikeAwareOptimizerReset).parameters)
-        super().__init__(thresholds=thresholds)
+        super().__init__(every_n_updates=every_n_updates, thresholds=thresholds)
         self.mode = mode
         self.order = order
         self.rows = rows or group_rows
         self.max_events = max_events
-        self.every_n_updates = every_n_updates
         restart = bias_correction == "restart" or (bias_correction is None and mode == "evidence")
         self.policy: Mode
         if mode == "spam":
@@ -143,13 +143,13 @@ class SpikeAwareOptimizerReset(Diagnostic):
         self._loaded: dict[str, Any] | None = None  # from a checkpoint, until training starts
         self._ended: dict[str, Any] | None = None  # of a run that is over
         self._current: Host | None = None
+        self._clip_again: Callable[[], None] | None = None
         self._flat_shards = 1
         self._overflows = 0
         self._loss: Tensor | None = None  # of this update so far, on the device
         self._heard_backward = False
         self._rows: list[Tensor] = []
         self._rows_are_done = False
-        self._reported_at = 0
 
     # Following the optimisers.
 
@@ -164,7 +164,6 @@ class SpikeAwareOptimizerReset(Diagnostic):
         if self._loaded is not None:
             self._take_up(self._loaded)
             self._loaded = None
-        self._reported_at = self.updates
 
     @override
     def unwatch(self) -> None:
@@ -173,7 +172,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
             handle.remove()
         self._handles = []
         for track in self._tracks:  # after an exception between preparation and step
-            track.rates.restore()
+            self._put_back(track)
         if self._tracks:  # hold on to what was measured, and to no optimiser, snapshot or trainer
             self._ended = self._measured()
             self.policy.detach()
@@ -225,7 +224,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
     @override
     def before_update(self, host: Host, optimizer: Optimizer) -> None:
         (track,) = (track for track in self._tracks if track.optimizer is optimizer)
-        track.rates.restore()
+        self._put_back(track)
         track.will_count = False
         self._current = host
         self._rows_are_done = True
@@ -234,8 +233,17 @@ class SpikeAwareOptimizerReset(Diagnostic):
         except BaseException:
             track.rates.restore()
             raise
-        if answer is not None:
+        if answer is not None:  # the gradients are gone
+            if isinstance(host, LightningHost):
+                self._clip_again = host.leave_unclipped()
             self._record(host, track, answer)
+
+    def _put_back(self, track: Track) -> None:
+        """What was changed for one step is as it was."""
+        track.rates.restore()
+        if self._clip_again is not None:
+            self._clip_again()
+            self._clip_again = None
 
     def _prepare(self, host: Host, track: Track) -> Answer | None:
         scaler = host.scaler
@@ -281,7 +289,7 @@ class SpikeAwareOptimizerReset(Diagnostic):
     @torch.no_grad()
     def _after_step(self, track: Track, *_: object) -> None:
         largest_lr = track.rates.largest() if self.policy.measures_on_host else math.nan
-        track.rates.restore()
+        self._put_back(track)
         if not track.will_count:
             return
         track.will_count = False
@@ -314,22 +322,11 @@ class SpikeAwareOptimizerReset(Diagnostic):
             return ""
         event = self.events[-1]
         scores = ", ".join(f"{name} {score:.3g}" for name, score in event["scores"].items())
-        rows = f" with rows {', '.join(map(str, event['rows'][:8]))}{', ...' if len(event['rows']) > 8 else ''}"
-        return f"Update {event['update']}{rows if event['rows'] else ''}: score of {scores}; done: {event['action']}."
+        rows = f" with rows {rows_as_text(event['rows'])}" if event["rows"] else ""
+        return f"Update {event['update']}{rows}: score of {scores}; done: {event['action']}."
 
     @override
-    def after_batch(self, host: Host, outputs: Any, batch: Any, updated: bool) -> None:
-        every = self.every_n_updates or host.log_every or FALLBACK_CADENCE
-        if updated and self.is_due(every):
-            self._report(host)
-
-    @override
-    def finish(self, host: Host) -> None:
-        if self.updates > self._reported_at:
-            self._report(host)
-
-    def _report(self, host: Host) -> None:
-        self._reported_at = self.updates
+    def tell(self, host: Host) -> None:
         values = self.policy.report(host)
         values["spike/phi"] = min(track.last_ramp for track in self._tracks)
         values["spike/effective_lr_multiplier"] = max(track.last_multiplier for track in self._tracks)

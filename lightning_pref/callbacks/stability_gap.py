@@ -10,12 +10,11 @@ import lightning as L
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pref.alerts import Judge
 from lightning_pref.callbacks.diagnostic import Diagnostic, Key
 from lightning_pref.callbacks.fixed_sets import FixedSets, ScoreExamples
 from lightning_pref.callbacks.hosts import Host
-from lightning_pref.callbacks.monitor import FALLBACK_CADENCE
 from lightning_pref.callbacks.probe import Budget
+from lightning_pref.judge import Judge
 from lightning_pref.measures.forgetting import ProbeScores, StabilityGap
 from lightning_pref.measures.task_traces import Kind, Switch, TaskTraces
 from lightning_pref.observations import Observation, Observer, TaskSwitch
@@ -250,7 +249,7 @@ class StabilityGapEvaluator(Diagnostic, Observer):
         self._plan(step)
         # Dense evaluations are reported at once: that is when dips begin. A report reads whole traces, so the others wait.
         since_report = self.updates - self._reported
-        if step - self.switches[-1].step <= self.dense_updates or since_report >= (host.log_every or FALLBACK_CADENCE):
+        if step - self.switches[-1].step <= self.dense_updates or since_report >= self.cadence(host):
             self.report(host)
         else:
             host.log(self._levels())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -21,7 +20,8 @@ from lightning_pref.data.formats import parse_row
 from lightning_pref.data.groups import PromptGroup
 from lightning_pref.data.rows import DroppedRowError, Row, RowError
 from lightning_pref.data.sources import RowSource, read_rows
-from lightning_pref.data.store import FORMAT_VERSION, GroupStore, GroupStoreWriter
+from lightning_pref.data.store import GroupStore, GroupStoreWriter
+from lightning_pref.data.store_files import FORMAT_VERSION, digest_of
 from lightning_pref.data.templates import EVENTS, Tokenization
 
 OnBadRow = Literal["error", "skip"]
@@ -85,7 +85,7 @@ def load_groups(
         for given, source in zip(sources, opened, strict=True)
     ]
     names = [source.name for source in opened]
-    digest = _digest_of(
+    digest = digest_of(
         [FORMAT_VERSION, __version__, names, contents, tokenization.digest(), {"limit": limit_rows, "on_bad_row": on_bad_row}]
     )
     folder = cache_dir / digest[:32]
@@ -236,7 +236,3 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     except (FileNotFoundError, ValueError):  # not there yet, or cut off: it only saves time
         return {}
     return known
-
-
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -7,8 +7,6 @@ tables, so that what is trained on is known, counted and part of the data's dige
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ from lightning_pref.data.groups import PromptGroup
 from lightning_pref.data.rows import Place, RowError, describe
 from lightning_pref.data.sources import RowSource
 from lightning_pref.data.store import GroupSubset, GroupTable
+from lightning_pref.data.store_files import digest_of
 
 # Tell the two draws of one seed apart, and both from the shuffling of epochs.
 _REPLAY_STREAM, _KEEP_STREAM = 2, 3
@@ -51,7 +50,7 @@ class JoinedTables:
     def __init__(self, first: GroupTable, second: GroupTable) -> None:
         self.first, self.second = first, second
         self.row_id_shift = int(first.row_ids.max()) + 1
-        self.digest = hashlib.sha256(json.dumps([first.digest, second.digest, self.row_id_shift]).encode()).hexdigest()
+        self.digest = digest_of([first.digest, second.digest, self.row_id_shift])
         self.row_ids = np.concatenate([first.row_ids, second.row_ids + self.row_id_shift])
         self.prompt_keys = np.concatenate([first.prompt_keys, second.prompt_keys])
         self.weights = np.concatenate([first.weights, second.weights])

@@ -21,40 +21,13 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from lightning_pref.data.groups import PromptGroup
-
-# Goes up whenever a file changes its meaning; a cache of another version is built again.
-FORMAT_VERSION: Final = 1
-
-MANIFEST: Final = "manifest.json"
-
-# One raw little-endian file a column. Per group: the first block; per response: the second; then the flat step marks.
-_COLUMNS: Final[dict[str, str]] = {
-    "row_ids": "<i8",
-    "prompt_lengths": "<i4",
-    "prompt_keys": "<u8",
-    "num_responses": "<i4",
-    "weights": "<f8",
-    "margins": "<f8",
-    "source_ids": "<i4",
-    "present": "|u1",
-    "response_lengths": "<i4",
-    "ranks": "<i8",
-    "scores": "<f8",
-    "labels": "|b1",
-    "num_step_ends": "<i4",
-    "num_step_labels": "<i4",
-    "step_ends": "<i4",
-    "step_labels": "|b1",
-}
+from lightning_pref.data.store_files import COLUMNS, FORMAT_VERSION, MANIFEST, check_file, cure, digest_of, read_manifest
 
 # Bits of the column "present": which of the optional fields a group has.
 _RANKS, _SCORES, _LABELS, _MARGIN, _STEP_ENDS, _STEP_LABELS = (1 << bit for bit in range(6))
 
 # Tokens the writer holds before it writes them out: 4 MiB of uint32.
 _TOKENS_PER_FLUSH: Final = 1 << 20
-
-# Files up to this size are compared with their digests at every start, which takes some hundredths of a second.
-_ALWAYS_READ_BYTES: Final = 32 << 20
 
 
 class GroupTable(Protocol):
@@ -99,7 +72,7 @@ class GroupStoreWriter:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self._staging = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
         self._vocab_size = vocab_size
-        dtypes = {"tokens": "<u2" if vocab_size <= 1 << 16 else "<u4", **_COLUMNS}
+        dtypes = {"tokens": "<u2" if vocab_size <= 1 << 16 else "<u4", **COLUMNS}
         self._columns = {name: _ColumnFile(self._staging / f"{name}.bin", dtype) for name, dtype in dtypes.items()}
         self._tokens: list[NDArray[Any]] = []  # any integer type, as the tokenizer gave it
         self._num_tokens_held = 0
@@ -179,7 +152,7 @@ class GroupStoreWriter:
             files = {path.name: facts for path, facts in (column.close() for column in self._columns.values())}
             manifest = {
                 "format_version": FORMAT_VERSION,
-                "digest": _digest_of([FORMAT_VERSION, list(self._sources), {k: v["sha256"] for k, v in files.items()}]),
+                "digest": digest_of([FORMAT_VERSION, list(self._sources), {k: v["sha256"] for k, v in files.items()}]),
                 "num_groups": self._num_groups,
                 "sources": list(self._sources),
                 "files": files,
@@ -247,12 +220,12 @@ class GroupStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder)
         self.digest: str = self.manifest["digest"]
         self._num_groups: int = self.manifest["num_groups"]
         self._sources: list[str] = self.manifest["sources"]
         for name, facts in self.manifest["files"].items():
-            _check_file(self.folder, name, facts)
+            check_file(self.folder, name, facts)
         dtypes = {name.removesuffix(".bin"): np.dtype(facts["dtype"]) for name, facts in self.manifest["files"].items()}
         self._token_type = dtypes.pop("tokens")
         self._tokens = os.open(self.folder / "tokens.bin", os.O_RDONLY)
@@ -269,7 +242,7 @@ class GroupStore:
         self._token_offsets = _offsets(self.prompt_lengths + self.response_tokens)
         if self._token_offsets[-1] * self._token_type.itemsize != self.manifest["files"]["tokens.bin"]["bytes"]:
             raise ValueError(
-                f"{self.folder / MANIFEST} is not what was written: its parts contradict each other. {_cure(self.folder)}"
+                f"{self.folder / MANIFEST} is not what was written: its parts contradict each other. {cure(self.folder)}"
             )
         self._step_offsets = {
             name: _offsets(self._columns[f"num_{name}"]) for name in ("step_ends", "step_labels") if self._columns[name].size
@@ -331,7 +304,7 @@ class GroupSubset:
     def __init__(self, table: GroupTable, indices: NDArray[np.int64]) -> None:
         self.table = table
         self.indices = indices
-        self.digest = _digest_of([table.digest, hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()])
+        self.digest = digest_of([table.digest, hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()])
         self.row_ids = table.row_ids[indices]
         self.prompt_keys = table.prompt_keys[indices]
         self.weights = table.weights[indices]
@@ -358,57 +331,3 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 def _offsets(counts: NDArray[Any]) -> NDArray[np.int64]:
     """Where each entry starts in the flat array, and where the last one ends: [0, 3, 5] of [3, 2]."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        is_sound = version != FORMAT_VERSION or _agrees_with_itself(manifest)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} is no token store: {path} is missing. {_cure(folder)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a readable manifest ({error}). {_cure(folder)}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}. {_cure(folder)}")
-    if not is_sound:
-        raise ValueError(f"{path} is not what was written: its parts contradict each other. {_cure(folder)}")
-    return manifest
-
-
-def _agrees_with_itself(manifest: Mapping[str, Any]) -> bool:
-    """Whether the parts of a manifest belong together; those that are not in its digest follow from the others."""
-    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
-    dtypes = {name.removesuffix(".bin"): facts["dtype"] for name, facts in files.items()}
-    digests = {name: facts["sha256"] for name, facts in files.items()}
-    return (
-        all(isinstance(facts["bytes"], int) and isinstance(facts["mtime_ns"], int) for facts in files.values())
-        and dtypes.pop("tokens", None) in ("<u2", "<u4")
-        and dtypes == _COLUMNS
-        and manifest["digest"] == _digest_of([manifest["format_version"], manifest["sources"], digests])
-        and files["row_ids.bin"]["bytes"] == manifest["num_groups"] * np.dtype(_COLUMNS["row_ids"]).itemsize
-        and isinstance(manifest["report"], dict)
-    )
-
-
-def _check_file(folder: Path, name: str, facts: Mapping[str, Any]) -> None:
-    path = folder / name
-    if not path.exists():
-        raise ValueError(f"{path} is missing from the token store. {_cure(folder)}")
-    status = path.stat()
-    if status.st_size != facts["bytes"]:
-        raise ValueError(f"{path} has {status.st_size} bytes where {facts['bytes']} were written. {_cure(folder)}")
-    if status.st_mtime_ns != facts["mtime_ns"] or status.st_size <= _ALWAYS_READ_BYTES:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != facts["sha256"]:
-            raise ValueError(f"{path} is not what was written: its sha256 differs from the manifest's. {_cure(folder)}")
-
-
-def _cure(folder: Path) -> str:
-    return f"Delete the folder {folder}; it is built again from the rows at the next start."

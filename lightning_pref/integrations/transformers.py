@@ -7,11 +7,10 @@ Lightning's Trainer takes as callbacks. Evidence comes by one of three doors: `o
 
 from __future__ import annotations
 
-import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -26,6 +25,7 @@ from typing_extensions import override
 from lightning_pref.callbacks.diagnostic import Diagnostic
 from lightning_pref.callbacks.monitor import TRAIN, VAL, Monitor
 from lightning_pref.callbacks.observe_outputs import ObserveOutputs
+from lightning_pref.integrations.looking_in import forwards_of, replaced
 from lightning_pref.integrations.transformers_host import TransformersHost
 from lightning_pref.observations import Observation, Observer, detached
 
@@ -385,33 +385,3 @@ def _runnable(part: object) -> Diagnostic:
     if isinstance(part, Observer) and not isinstance(part, Hearing):
         raise TypeError(f"{name} hears observations from Lightning's Trainer only; give it a `receive`, or make it a Monitor.")
     return part
-
-
-@contextmanager
-def replaced(owner: object, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Call `by(original, ...)` wherever a method of this one object is called; afterwards it is as it was."""
-    original, own = getattr(owner, name), vars(owner).get(name)
-    setattr(owner, name, functools.update_wrapper(functools.partial(by, original), original))
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
-
-
-@contextmanager
-def forwards_of(models: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """What the models return, in order."""
-    outputs: list[Any] = []
-
-    def keep(_module: nn.Module, _args: object, output: Any) -> None:
-        outputs.append(output)
-
-    handles = [model.register_forward_hook(keep) for model in {id(model): model for model in models}.values()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from paired_vectors import (
     APART,
     ENTANGLED,
@@ -29,8 +28,6 @@ from paired_vectors import (
     same_pairs,
 )
 from speakers import quiet_trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
@@ -39,11 +36,11 @@ from typing_extensions import override
 from lightning_pref import PairHiddenObservation, PairObservation
 from lightning_pref.alerts import ALERT_RULES
 from lightning_pref.callbacks import Probe
-from lightning_pref.callbacks.displacement import LikelihoodDisplacementTracker, gather_worst, in_words, worst_table
+from lightning_pref.callbacks.displacement import LikelihoodDisplacementTracker
 from lightning_pref.commands.ches import ches
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.losses import PREFERENCE_LOSSES
-from lightning_pref.measures.pair_history import INTEGERS, REALS, PairRecord
+from lightning_pref.measures.pair_history import INTEGERS, REALS
 from lightning_pref.models.pair_scores import pair_observation
 from lightning_pref.modules import DPOModule
 from lightning_pref.modules.optimisation import OptimizerSettings
@@ -277,19 +274,6 @@ def test_validation_has_a_table_and_keys_of_its_own(tmp_path: Path) -> None:
     assert len(tracker.history()) == 8
 
 
-def test_the_worst_rows_are_a_table_in_tensorboard(tmp_path: Path) -> None:
-    tracker = LikelihoodDisplacementTracker(num_worst=3)
-    logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer = quiet_trainer(callbacks=[tracker], logger=logger, max_epochs=2, default_root_dir=tmp_path)
-    trainer.fit(PairedVectors(same_pairs(ENTANGLED)), row_loader(8))
-    logger.finalize("success")
-    events = EventAccumulator(str(tmp_path)).Reload()
-    (tag,) = [tag for tag in events.Tags()["tensors"] if "worst_rows/train" in tag]
-    text = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-    assert len(text.splitlines()) == 5
-    assert text == worst_table(tracker.worst_rows())
-
-
 class NoQuestions(TorchDispatchMode):
     """Raises where a value would be fetched, or a shape depend on one: on a GPU each of these waits for the device."""
 
@@ -320,40 +304,6 @@ def test_M5_hearing_an_observation_asks_the_device_for_nothing() -> None:
         for observation in (pair, hidden, bare):
             tracker.receive(observation, "train")
     assert tracker.history().column("num_sights").tolist() == [2] * 8
-
-
-@dataclass
-class Side:
-    """One of two processes, as far as gathering goes: a sum over both is the own tensor plus the other's."""
-
-    rank: int
-    other: Tensor
-    world_size: int = 2
-    device: str = "cpu"
-    sent: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-    def total(self, values: Tensor) -> Tensor:
-        self.sent = values
-        return values + self.other
-
-
-def test_the_worst_rows_of_two_ranks_are_the_worst_of_all_rows() -> None:
-    nan = math.nan
-    records = [PairRecord(2**60 + row, 0, -float(row), 1.0, 3.0, 4.0, -2.0 * row, row, nan, 0.5) for row in range(1, 8)]
-    worst = sorted(records, key=lambda record: record.chosen_change)
-    parts = [worst[::2][:3], worst[1::2][:3]]
-    sides: list[Any] = [Side(rank, torch.zeros(2, 3, 12, dtype=torch.float64)) for rank in (0, 1)]
-    for side, part in zip(sides, parts, strict=True):
-        gather_worst(side, part, 3)
-    for side, other, part in zip(sides, reversed(sides), parts, strict=True):
-        together: Any = Side(side.rank, other.sent)
-        assert list(map(str, gather_worst(together, part, 3))) == list(map(str, worst[:3]))
-
-
-def test_a_row_is_named_with_its_numbers() -> None:
-    record = PairRecord(7, 1, -3.25, -5.0, 4.0, 0.0, -4.0, 12, math.nan, math.nan)
-    assert in_words(record) == "row 7 (-3.25 nats, rejected -5)"
-    assert worst_table([record]).splitlines()[-1] == "| 7, pair 2 | -3.250 | -0.8125 | -5.000 | -4.000 | 12 | nan |"
 
 
 def test_a_missing_reference_is_refused_where_it_is_the_anchor(tmp_path: Path) -> None:

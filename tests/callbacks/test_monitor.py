@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from rewarded import Series
 from speakers import MeanChosen, PairRegression, pair_loader, pair_rows, quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -22,20 +23,6 @@ from lightning_pref.alerts import ALERT_RULES, AlertRule, Limit
 from lightning_pref.callbacks import ObserveOutputs, Probe
 from lightning_pref.callbacks.hosts import ALERTS_FILE, Host
 from lightning_pref.measures.means import WeightedMeans
-from lightning_pref.reports import RunRecord
-
-
-class Series(RunRecord):
-    """Everything logged under a key, by step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.series: dict[str, dict[int, float]] = {}
-
-    @override
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        for key, value in metrics.items():
-            self.series.setdefault(key, {})[step or 0] = float(value)
 
 
 def fit(monitor: MeanChosen, *, module: L.LightningModule | None = None, **settings: Any) -> Series:

@@ -1,66 +1,40 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from known_optimizers import (
+    BNB,
+    DECOUPLED,
+    EVERY,
+    TORCH,
+    TORCHAO,
+    Make,
+    bnb,
+    every_optimizer,
+    flat,
+    give_gradients,
+    needs_bnb,
+    needs_optimi,
+    needs_torchao,
+    only,
+    optim,
+    optimi,
+    optimizers,
+    parameters,
+    quiet_paging,
+    state_tensors,
+    trained,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pref.callbacks.optimizer_state import REFUSED, dequantized, momentum_state, zero_code
-from lightning_pref.callbacks.update_parts import ScaledRates, Snapshot, drop_gradients, local_gradients, squared_norm
+from lightning_pref.callbacks.update_parts import ScaledRates
 
-try:
-    import bitsandbytes as bnb
-except ImportError:
-    bnb = None
-try:
-    from lightning_pref.modules.torchao_adamw import AdamW8bit as TorchaoAdamW8bit
-except ImportError:
-    TorchaoAdamW8bit = None
-try:
-    import optimi
-except ImportError:
-    optimi = None
-
-Make = Callable[[Any], Optimizer]
-optim = torch.optim
-
-TORCH: dict[str, Make] = {
-    "Adam": lambda p: optim.Adam(p, lr=0.01),
-    "AdamW": lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.1),
-    "AdamW single-tensor": lambda p: optim.AdamW(p, lr=0.01, foreach=False),
-    "AdamW foreach": lambda p: optim.AdamW(p, lr=0.01, foreach=True),
-    "AdamW fused": lambda p: optim.AdamW(p, lr=0.01, fused=True),
-    "AdamW amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True),
-    "AdamW amsgrad fused": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True, fused=True),
-    "AdamW tensor lr": lambda p: optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
-    "Adam decoupled": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
-    "NAdam": lambda p: optim.NAdam(p, lr=0.01),
-    "NAdam foreach": lambda p: optim.NAdam(p, lr=0.01, foreach=True),
-    "RAdam": lambda p: optim.RAdam(p, lr=0.01),
-    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
-    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
-    "SGD": lambda p: optim.SGD(p, lr=0.01, momentum=0.9),
-    "SGD dampened": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, dampening=0.5),
-    "SGD nesterov fused": lambda p: optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, fused=True),
-}
-needs_bnb = pytest.mark.skipif(bnb is None, reason="the extra 'bnb' is not installed")
-BNB: dict[str, Make] = {
-    "bnb Adam8bit": lambda p: bnb.optim.Adam8bit(p, lr=0.01),
-    "bnb AdamW8bit": lambda p: bnb.optim.AdamW8bit(p, lr=0.01, weight_decay=0.1),
-    "bnb PagedAdamW8bit": lambda p: bnb.optim.PagedAdamW8bit(p, lr=0.01),
-    "bnb AdamW 32 bit": lambda p: bnb.optim.AdamW(p, lr=0.01),
-}
-needs_torchao = pytest.mark.skipif(TorchaoAdamW8bit is None, reason="the extra 'torchao' is not installed")
-TORCHAO: dict[str, Make] = {
-    "torchao AdamW8bit": lambda p: TorchaoAdamW8bit(p, lr=0.01, weight_decay=0.1),
-}
-needs_optimi = pytest.mark.skipif(optimi is None, reason="the extra 'optimi' is not installed")
-EVERY = {**TORCH, **BNB, **TORCHAO}
-MARKS = {**dict.fromkeys(BNB, needs_bnb), **dict.fromkeys(TORCHAO, needs_torchao)}
+pytestmark = quiet_paging
 
 
 def eight_bit(name: str) -> Make:
@@ -71,63 +45,6 @@ def eight_bit(name: str) -> Make:
         return optimizer
 
     return build
-
-
-def optimizers(*without: str) -> list[Any]:
-    """Names of all optimisers but those that begin with some words."""
-    return only(*[name for name in EVERY if not name.startswith(without)] if without else EVERY)
-
-
-def only(*names: str) -> list[Any]:
-    """Names of optimisers, each skipped where its package is missing."""
-    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
-
-
-DECOUPLED = ("bnb AdamW8bit", "torchao AdamW8bit")
-every_optimizer = pytest.mark.parametrize("name", optimizers())
-# CPU has no paging, which bitsandbytes says once per optimiser.
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-
-
-def parameters(seed: int = 0) -> list[nn.Parameter]:
-    """A matrix of 8192 entries, which 8-bit optimisers quantise, and a vector, which they do not."""
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(64, 128, generator=generator)), nn.Parameter(torch.randn(10, generator=generator))]
-
-
-def give_gradients(params: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(100 + seed)
-    for parameter in params:
-        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
-
-
-def trained(make: Make, updates: int = 5) -> tuple[list[nn.Parameter], Optimizer]:
-    params = parameters()
-    optimizer = make(params)
-    for update in range(updates):
-        give_gradients(params, update)
-        optimizer.step()
-    return params, optimizer
-
-
-def flat(params: list[nn.Parameter]) -> Tensor:
-    return torch.cat([parameter.detach().flatten().clone() for parameter in params])
-
-
-def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}/{key}": plain(value)
-        for index, state in enumerate(optimizer.state.values())
-        for key, value in state.items()
-        if value is not None
-    }
-
-
-def plain(value: Any) -> Tensor:
-    """A copy, with torchao's codes multiplied out."""
-    if not isinstance(value, Tensor):
-        return torch.tensor(float(value))
-    return value.dequantize() if hasattr(value, "codes") else value.clone()
 
 
 def fresh_twin(make: Make, params: list[nn.Parameter]) -> tuple[list[nn.Parameter], Optimizer]:
@@ -372,131 +289,3 @@ def test_every_reason_is_given_in_a_test() -> None:
     assert set(REFUSED) == {
         "Adagrad", "Adadelta", "Adafactor", "AdEMAMix", "DeepSpeed", "LAMB", "LBFGS", "Lion", "SGD", "SparseAdam"
     }  # fmt: skip
-
-
-# Skipping a step.
-
-
-@every_optimizer
-def test_without_gradients_a_step_changes_neither_weights_nor_state(name: str) -> None:
-    params, optimizer = trained(EVERY[name])
-    weights, state = flat(params), state_tensors(optimizer)
-    give_gradients(params, 9)
-    drop_gradients(optimizer)
-    optimizer.step()
-    assert torch.equal(flat(params), weights)
-    after = state_tensors(optimizer)
-    assert state.keys() == after.keys()
-    assert all(torch.equal(state[key], after[key]) for key in state)
-
-
-def test_zero_gradients_would_be_no_skip() -> None:
-    params, optimizer = trained(TORCH["AdamW"])
-    weights = flat(params)
-    give_gradients(params, 9, scale=0.0)
-    optimizer.step()
-    assert not torch.equal(flat(params), weights)
-
-
-# Learning rates for one step.
-
-
-@every_optimizer
-def test_a_learning_rate_of_nearly_zero_stops_the_weights_whatever_the_optimizer(name: str) -> None:
-    """An optimiser that read its learning rate before the closure would go on at full speed."""
-    params, optimizer = trained(EVERY[name])
-    rates = ScaledRates(momentum_state(optimizer))
-    before = flat(params)
-
-    def closure() -> None:
-        give_gradients(params, 30)
-        rates.scale(1e-12)
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    rates.restore()
-    group = optimizer.param_groups[0]
-    decay = float(group["lr"]) * group["weight_decay"] if momentum_state(optimizer).decouples_decay(group) else 0.0
-    assert torch.allclose(flat(params), before * (1 - decay), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", only("AdamW", "Adam decoupled", *DECOUPLED))
-def test_decoupled_decay_stays_the_same_while_the_learning_rate_is_scaled(name: str) -> None:
-    params, optimizer = trained(EVERY[name])
-    rates = ScaledRates(momentum_state(optimizer))
-    for factor in (0.01, 1.0):
-        before = flat(params)
-        for parameter in params:
-            parameter.grad = torch.zeros_like(parameter)
-        momentum_state(optimizer).reset(first=True, second=True, restart=True)
-        rates.scale(factor)
-        optimizer.step()
-        rates.restore()
-        assert torch.allclose(flat(params), before * (1 - 0.01 * 0.1), rtol=1e-6), "lr * weight_decay, without a ramp"
-
-
-def test_decay_in_the_gradient_is_left_alone() -> None:
-    optimizer = optim.Adam(parameters(), lr=0.01, weight_decay=0.1)
-    rates = ScaledRates(momentum_state(optimizer))
-    rates.scale(0.5)
-    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.005, 0.1)
-
-
-def test_rates_are_put_back_bit_for_bit_and_once() -> None:
-    for make in (TORCH["AdamW"], TORCH["AdamW tensor lr"]):
-        optimizer = make(parameters())
-        before = copy.deepcopy({key: optimizer.param_groups[0][key] for key in ("lr", "weight_decay")})
-        held = optimizer.param_groups[0]["lr"]
-        rates = ScaledRates(momentum_state(optimizer))
-        rates.scale(0.3)
-        rates.restore()
-        assert {key: optimizer.param_groups[0][key] for key in before} == before
-        assert optimizer.param_groups[0]["lr"] is held or not isinstance(held, Tensor), "a captured step reads this tensor"
-        optimizer.param_groups[0]["lr"] = 7.0
-        rates.restore()
-        assert optimizer.param_groups[0]["lr"] == 7.0, "what was put back is not put back again"
-
-
-# Norms and snapshots.
-
-
-def test_the_squared_norm_is_over_all_gradients_and_never_overflows() -> None:
-    params, optimizer = trained(TORCH["AdamW"])
-    give_gradients(params, 1, scale=1e25)
-    owned = [(gradient.parameter, gradient.values) for gradient in local_gradients(optimizer)]
-    expected = sum(parameter.grad.double().square().sum().item() for parameter in params if parameter.grad is not None)
-    assert squared_norm(owned, world_size=1).item() == pytest.approx(expected)
-    assert squared_norm(owned, world_size=4).item() == pytest.approx(expected / 4), "four replicas add up to one"
-    assert squared_norm(owned, world_size=4, flat_shards=4).item() == pytest.approx(expected), "four shards each count"
-
-
-@every_optimizer
-@pytest.mark.parametrize("where", ["cpu", "device"])
-def test_a_snapshot_brings_back_weights_and_state(name: str, where: Any) -> None:
-    params, optimizer = trained(EVERY[name])
-    snapshot = Snapshot(optimizer, where)
-    assert snapshot.is_empty
-    snapshot.take()
-    weights, state = flat(params), state_tensors(optimizer)
-    for update in range(20, 23):
-        give_gradients(params, update, scale=1e3)
-        optimizer.step()
-    snapshot.restore()
-    assert torch.equal(flat(params), weights)
-    after = state_tensors(optimizer)
-    assert state.keys() == after.keys()
-    assert all(torch.equal(state[key], after[key]) for key in state)
-    give_gradients(params, 40)
-    optimizer.step()
-    assert not torch.equal(flat(params), weights), "a snapshot that is used stays as it was"
-    snapshot.restore()
-    assert torch.equal(flat(params), weights)
-
-
-def test_a_snapshot_from_before_the_first_update_has_no_state_to_bring_back() -> None:
-    params, optimizer = trained(TORCH["AdamW"], updates=0)
-    snapshot = Snapshot(optimizer, "cpu")
-    snapshot.take()
-    give_gradients(params, 0)
-    optimizer.step()
-    snapshot.restore()
-    assert not any(optimizer.state[parameter] for parameter in params)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rewarded import RESPONSES, Rewarded, Series, healthy
 from speakers import quiet_trainer
@@ -236,21 +234,14 @@ def run_of_ranks(ranks: int) -> dict[str, dict[int, float]]:
     return {key: values for key, values in series.series.items() if not key.endswith("time_share")}
 
 
-def save_rank(rank: int, folder: Path, port: int) -> None:
-    place = {"MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(run_of_ranks(2), folder / f"{rank}.pt")
+def run_shared(_folder: Path, _rank: int, ranks: int) -> dict[str, dict[int, float]]:
+    return run_of_ranks(ranks)
 
 
 @pytest.mark.slow
 def test_two_ranks_log_what_one_process_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(save_rank, args=(tmp_path, port), nprocs=2)
+    found, _ = launched(run_shared, tmp_path, 2)
     alone = run_of_ranks(1)
-    found = torch.load(tmp_path / "0.pt", weights_only=True)
     assert found.keys() == alone.keys()
     for key, values in alone.items():
         assert found[key] == pytest.approx(values, rel=1e-9, nan_ok=True), key

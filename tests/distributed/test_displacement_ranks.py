@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from paired_vectors import Notebook, PairedVectors, random_pairs
+from speakers import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -31,11 +29,6 @@ WEIGHT = [0.7, -0.4, 0.2]
 Result = dict[str, Any]
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
 def score(module: PairedVectors, rows: Tensor) -> PairObservation:
     return module.pair(rows)
 
@@ -48,16 +41,11 @@ def still_run(folder: Path, batches: list[list[int]], ranks: int) -> Result:
     probe = Probe("fixed", PROBE, score, every_n_updates=1, budget=None)
     notebook = Notebook()
     parallel: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1}
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         default_root_dir=folder,
         logger=[notebook],
         log_every_n_steps=2,
-        max_epochs=1,
         callbacks=[probe, tracker],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         **parallel,
     )
@@ -70,21 +58,16 @@ def still_run(folder: Path, batches: list[list[int]], ranks: int) -> Result:
     }
 
 
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(still_run(job.folder, SHARES[rank], RANKS), job.folder / f"{rank}.pt")
+def run_share(folder: Path, rank: int, ranks: int) -> Result:
+    return still_run(folder, SHARES[rank], ranks)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """Of rank 0, of rank 1, and of one process with all rows."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=RANKS)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     together = [SHARES[0][step] + SHARES[1][step] for step in (0, 1)]
-    return [*ranks, still_run(folder, together, 1)]
+    return [*launched(run_share, folder, RANKS), still_run(folder, together, 1)]
 
 
 def reports(run: Result, prefix: str) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from gloo_ranks import launched
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rewarded import Rewarded, healthy
 from shared_runs import (
@@ -21,7 +22,6 @@ from shared_runs import (
     complaint,
     dpo,
     is_rlhf,
-    launched,
     loader,
     model,
     reward,

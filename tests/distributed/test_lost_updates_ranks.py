@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
+from speakers import quiet_trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -48,40 +47,21 @@ class Ones(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
+def both_strategies(folder: Path, _rank: int, ranks: int) -> dict[str, Any]:
     found = {}
     for name, strategy in (("ddp", "ddp"), ("fsdp2", FSDP2Strategy())):
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=RANKS,
-            strategy=strategy,
-            max_epochs=1,
-            logger=False,
-            callbacks=[LostUpdateMeter(every_n_updates=1)],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=job.folder,
+        trainer = quiet_trainer(
+            devices=ranks, strategy=strategy, callbacks=[LostUpdateMeter(every_n_updates=1)], default_root_dir=folder
         )
         module = Ones()
-        trainer.fit(module, DataLoader(list(torch.zeros(2 * RANKS, 1)), batch_size=1))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(list(torch.zeros(2 * ranks, 1)), batch_size=1))  # type: ignore[arg-type]
         shares = {key: value.item() for key, value in trainer.callback_metrics.items() if key.startswith("lost_updates/")}
         found[name] = shares, isinstance(module.layer.weight, DTensor)
-    torch.save(found, job.folder / f"{rank}.pt")
+    return found
 
 
 def test_the_share_is_that_of_all_weights_on_every_rank(tmp_path: Path) -> None:
-    mp.spawn(run_rank, args=(Job(tmp_path, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=RANKS)
-    for rank in range(RANKS):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in launched(both_strategies, tmp_path, RANKS):
         expected = {"lost_updates/share": NUM_LOST / NUM_ROWS, "lost_updates/stuck_share": NUM_LOST / NUM_ROWS}
         assert found["ddp"] == (expected, False)
         assert found["fsdp2"] == (expected, True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,12 +69,10 @@ def whole(layers: nn.Module) -> list[Tensor]:
     return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in layers.parameters()]
 
 
-def on_a_rank(rank: int, folder: Path, names: list[str]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def train_split(folder: Path, _rank: int, _ranks: int) -> dict[str, dict[str, Any]]:
+    dist.init_process_group("gloo")
     found: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in (name for name, (package, _, _) in SPLIT.items() if find_spec(package) is not None):
         dtype = SPLIT[name][2]
         layers = model(dtype, split=True)
         optimizer = optimizer_of(layers, name)
@@ -107,21 +104,14 @@ def on_a_rank(rank: int, folder: Path, names: list[str]) -> None:
             OptimizerSettings(name="adamw_8bit").build(model(torch.float32, split=True).parameters(), 10)
         except ValueError as error:
             found["bitsandbytes"] = {"refused": str(error)}
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    (folder / "port").write_text(str(store.port))
-    del store
-    names = [name for name, (package, _, _) in SPLIT.items() if find_spec(package) is not None]
-    mp.spawn(on_a_rank, (folder, names), nprocs=RANKS)  # type: ignore[no-untyped-call]
-    found: dict[str, dict[str, Any]] = torch.load(folder / "found.pt", weights_only=True)
-    return found
+    first, _ = launched(train_split, tmp_path_factory.mktemp("ranks"), RANKS)
+    return first  # type: ignore[no-any-return]
 
 
 def same(ones: list[Tensor], others: list[Tensor]) -> bool:

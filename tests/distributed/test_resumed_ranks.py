@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from lightning.pytorch.callbacks import ModelCheckpoint
 from paired_vectors import Notebook, PairedVectors, random_pairs
+from speakers import quiet_trainer
 from torch.utils.data import DataLoader
 
 from lightning_pref.callbacks.displacement import LikelihoodDisplacementTracker
@@ -27,8 +25,7 @@ def fit(folder: Path, rank: int, epochs: int, *, save: bool = False, resume: Pat
     """Train on this rank's share; the weights move, and no reference says where they began."""
     tracker = LikelihoodDisplacementTracker(details=True, every_n_updates=3)  # a report falls due in the middle of an epoch
     notebook = Notebook()
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=2,
         strategy="ddp",
         default_root_dir=folder,
@@ -36,8 +33,6 @@ def fit(folder: Path, rank: int, epochs: int, *, save: bool = False, resume: Pat
         max_epochs=epochs,
         callbacks=[tracker, *([ModelCheckpoint(dirpath=folder, filename="first")] if save else [])],
         enable_checkpointing=save,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     module = PairedVectors(random_pairs(8), tells_reference=False)
@@ -50,22 +45,16 @@ def fit(folder: Path, rank: int, epochs: int, *, save: bool = False, resume: Pat
     }
 
 
-def work(rank: int, folder: Path, port: int) -> None:
-    place = {"MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
+def whole_and_resumed(folder: Path, rank: int, _ranks: int) -> tuple[dict[str, Any], dict[str, Any]]:
     whole = fit(folder, rank, 3)
     fit(folder, rank, 1, save=True)
-    resumed = fit(folder, rank, 3, resume=folder / "first.ckpt")
-    torch.save((whole, resumed), folder / f"{rank}.pt")
+    return whole, fit(folder, rank, 3, resume=folder / "first.ckpt")
 
 
 def test_a_resumed_run_of_two_processes_reports_what_an_uninterrupted_one_does(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mp.spawn(work, args=(tmp_path, 20_000 + time.time_ns() // 1000 % 20_000), nprocs=2)
-    for rank in (0, 1):
-        whole, resumed = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for rank, (whole, resumed) in enumerate(launched(whole_and_resumed, tmp_path, 2)):
         assert resumed["rows"] == whole["rows"] == [1000 + row for batch in SHARES[rank] for row in batch]
         assert resumed["anchors"] == whole["anchors"]
         later = {step: values for step, values in whole["reports"].items() if step > 2}

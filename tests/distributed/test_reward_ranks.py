@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
-import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from gloo_ranks import launched
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
-from typing_extensions import override
+from update_witness import Witness, rows_of_updates, trainer_of_ranks
 
 from lightning_pref.callbacks.reward_variance import RewardVarianceMonitor
 from lightning_pref.data.groups import GroupBatch, PromptGroup
@@ -43,32 +36,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 Result = dict[str, Any]
-
-
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-class Witness(Callback):
-    """Keeps the rows of every update of this rank and the gradient that the update is made with."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = []
-        self.gradients: list[Tensor] = []
-        self._window: list[int] = []
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: GroupBatch, batch_idx: int) -> None:
-        self._window += [row for row, weight in zip(batch.row_ids.tolist(), batch.weights.tolist(), strict=True) if weight]
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in pl_module.parameters() if p.grad is not None]))
-        self.rows.append(self._window)
-        self._window = []
 
 
 def ragged_groups(kind: str) -> list[PromptGroup]:
@@ -98,25 +65,6 @@ def loader(folder: Path, rank: int, ranks: int, *, batch_size: int, shuffle: boo
     return DataLoader(batches, batch_size=None, sampler=sampler)
 
 
-def trainer(folder: Path, ranks: int, callbacks: Sequence[Callback], **settings: Any) -> L.Trainer:
-    # What Lightning says under DDP about metrics that are not reduced is always a mistake here.
-    warnings.filterwarnings("error", message=".*sync_dist")
-    parallel: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1}
-    return L.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=False,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **parallel,
-        **settings,
-    )
-
-
 def everything(folder: Path, rank: int, ranks: int) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for name, options in {"full": {}, "lora": {"lora": LoraSettings(r=2)}}.items():
@@ -130,22 +78,15 @@ def everything(folder: Path, rank: int, ranks: int) -> dict[str, Result]:
         witness = Witness()
         module = RewardModule(str(folder / "model"), optimizer=STILL, **options)
         data = [loader(folder / kind, rank, ranks, batch_size=4, shuffle=shuffle) for shuffle in (True, False)]
-        fit = trainer(folder, ranks, [witness, RewardVarianceMonitor()], max_epochs=1)
+        fit = trainer_of_ranks(folder, ranks, [witness, RewardVarianceMonitor()], max_epochs=1)
         fit.fit(module, *data)
         val = {key: value.item() for key, value in fit.callback_metrics.items() if key.startswith("val/")}
         results[kind] = {"rows": witness.rows, "gradients": witness.gradients, "val": val}
     moving = RewardModule(str(folder / "model"), num_members=2, optimizer=MOVING)
     data = [loader(folder / "bradley_terry", rank, ranks, batch_size=8 // ranks, shuffle=False)]
-    trainer(folder, ranks, [], max_steps=3, limit_train_batches=1, max_epochs=3).fit(moving, *data)
+    trainer_of_ranks(folder, ranks, [], max_steps=3, limit_train_batches=1, max_epochs=3).fit(moving, *data)
     results["moving"] = {"weights": {name: parameter.detach() for name, parameter in moving.named_parameters()}}
     return results
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(everything(job.folder, rank, RANKS), job.folder / f"{rank}.pt")
 
 
 class Runs(NamedTuple):
@@ -165,10 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes)).save_pretrained(folder / "model")
-    started = time.time_ns()
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + started // 1000 % 20_000),), nprocs=RANKS)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    return Runs(folder, ranks, everything(folder, 0, 1))
+    return Runs(folder, launched(everything, folder, RANKS), everything(folder, 0, 1))
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
@@ -180,8 +118,7 @@ def test_W2_heads_are_equal_before_the_first_step_on_ranks_that_were_seeded_apar
 
 
 def updates(runs: Runs, kind: str) -> list[list[int]]:
-    """The rows of every update, over both ranks."""
-    return [[*first, *second] for first, second in zip(*(result[kind]["rows"] for result in runs.ranks), strict=True)]
+    return rows_of_updates([result[kind]["rows"] for result in runs.ranks])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from lightning.pytorch.callbacks import Callback
 from rollouts import STILL, rollout_data, speaker
+from speakers import quiet_trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -73,18 +72,13 @@ def run(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     module = RLHFModule(speaker(), optimizer=STILL, **KINDS[kind])
     data = rollout_data(folder / "prompts", prompts=NUM_PROMPTS, num_prompts=6, num_minibatches=2)
     parallel: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
+    trainer = quiet_trainer(
         default_root_dir=folder,
         logger=[record],
         log_every_n_steps=1,
         callbacks=[witness],
         # Pairs are not cut in two, and three prompts make three of them.
         accumulate_grad_batches=1 if kind == "online_dpo" else 2,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **parallel,
     )
     trainer.fit(module, data)
@@ -97,24 +91,15 @@ def run(kind: str, folder: Path, ranks: int) -> dict[str, Any]:
     }
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save({kind: run(kind, job.folder, RANKS) for kind in KINDS}, job.folder / f"{rank}.pt")
+def every_kind(folder: Path, _rank: int, ranks: int) -> dict[str, Any]:
+    return {kind: run(kind, folder, ranks) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "prompts").mkdir()
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return launched(every_kind, folder, RANKS)
 
 
 def test_P7_ranks_share_the_prompts_and_sample_by_seeds_of_their_own(ranks: list[dict[str, Any]]) -> None:

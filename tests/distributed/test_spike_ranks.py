@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from lightning.pytorch.loggers import CSVLogger
+from speakers import quiet_trainer
 from spiky import Regression, adamw, batches, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,17 +55,12 @@ def ddp_run(folder: Path, rank: int, settings: Mapping[str, Any], *, bad_batch: 
     rows = {"rows": lambda batch: [100 * rank + 7]} if "mode" in settings else {}
     callback = SpikeAwareOptimizerReset(**settings, **rows)
     loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         devices=RANKS,
         strategy="ddp",
-        max_epochs=1,
         logger=CSVLogger(folder / f"logs-{rank}"),
         log_every_n_steps=10,
         callbacks=[callback],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
         use_distributed_sampler=False,
     )
@@ -162,7 +155,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def everything(folder: Path, rank: int) -> dict[str, Any]:
+def everything(folder: Path, rank: int, ranks: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         "ddp evidence": ddp_run(folder, rank, EVIDENCE, bad_batch=False),
         "ddp bad batch": ddp_run(folder, rank, EVIDENCE, bad_batch=True),
@@ -170,27 +163,13 @@ def everything(folder: Path, rank: int) -> dict[str, Any]:
     }
     for kind in KINDS:
         for name, settings in MODES.items():
-            results[f"{kind} {name}"] = by_hand(kind, settings, rank, RANKS)
+            results[f"{kind} {name}"] = by_hand(kind, settings, rank, ranks)
     return results
-
-
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(everything(job.folder, rank), job.folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return launched(everything, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 def test_O6_gradients_that_spike_on_one_rank_are_skipped_on_all(ranks: list[dict[str, Any]]) -> None:

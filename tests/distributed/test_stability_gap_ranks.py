@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
+from speakers import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -60,18 +59,13 @@ def run(folder: Path, ranks: int) -> dict[str, Any]:
     evaluator = StabilityGapEvaluator(tasks, score, dense_updates=3, growth=1.5, budget=None)
     torch.manual_seed(0)
     module, record = Regression(), RunRecord()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
+    trainer = quiet_trainer(
         default_root_dir=folder,
         logger=[record],
         log_every_n_steps=1,
         callbacks=[evaluator],
         use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1}),
+        **{"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1},
     )
     data: Any = [rows(8, 100 + i) for i in range(12)]
     trainer.fit(module, DataLoader(data, batch_size=None))
@@ -86,24 +80,15 @@ def run(folder: Path, ranks: int) -> dict[str, Any]:
     }
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(run(job.folder, RANKS), job.folder / f"{rank}.pt")
+def run_shared(folder: Path, _rank: int, ranks: int) -> dict[str, Any]:
+    return run(folder, ranks)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of both ranks, and of one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=RANKS)
-    return [*(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)), run(folder, 1)]
+    return [*launched(run_shared, folder, RANKS), run(folder, 1)]
 
 
 def test_M6_all_ranks_measure_the_same_and_what_one_process_does(results: list[dict[str, Any]]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from transformers_runs import Chosen, Recorder, collate, logps, pair_observation, pair_rows, run, tiny_llama
 from typing_extensions import override
 
@@ -85,13 +84,9 @@ def train(folder: Path, rank: int, ranks: int) -> None:
     (folder / f"history-{rank}.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def work(rank: int, training: Callable[[Path, int, int], None], folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    training(folder, rank, RANKS)
+def on_the_cpu(training: Callable[[Path, int, int], None], folder: Path, rank: int, ranks: int) -> None:
+    os.environ.update(LOCAL_WORLD_SIZE=str(ranks), ACCELERATE_USE_CPU="true")
+    training(folder, rank, ranks)
 
 
 def by_key(history: list[dict[str, float]]) -> dict[str, dict[float, float]]:
@@ -105,10 +100,8 @@ def by_key(history: list[dict[str, float]]) -> dict[str, dict[float, float]]:
 
 def histories(training: Callable[[Path, int, int], None], folder: Path) -> list[dict[str, dict[float, float]]]:
     """What both processes of a run of two wrote down, and the process of a run of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(training, folder / "two", port), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    (folder / "two").mkdir()
+    launched(partial(on_the_cpu, training), folder / "two", RANKS)
     training(folder / "one", 0, 1)
     return [
         by_key(json.loads((folder / name).read_text()))

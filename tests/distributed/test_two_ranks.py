@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +11,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from lightning.pytorch.callbacks import Callback
+from gloo_ranks import launched
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
-from typing_extensions import override
+from update_witness import Witness, rows_of_updates, trainer_of_ranks
 
 from lightning_pref.callbacks import GoldReward, Throughput
 from lightning_pref.data.datamodule import PreferenceData
@@ -46,27 +42,6 @@ STILL = OptimizerSettings(learning_rate=1e-12, schedule="constant", warmup=0)
 Result = dict[str, Any]
 
 
-class Witness(Callback):
-    """Keeps the rows of every update of this rank and the gradient that the update is made with."""
-
-    def __init__(self) -> None:
-        self.rows: list[list[list[int]]] = []  # by update and micro-batch
-        self.gradients: list[Tensor] = []
-        self._window: list[list[int]] = []
-
-    @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: GroupBatch, batch_idx: int) -> None:
-        self._window.append([row for row, weight in zip(batch.row_ids.tolist(), batch.weights.tolist(), strict=True) if weight])
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.gradients.append(torch.cat([p.grad.flatten().clone() for p in pl_module.parameters() if p.grad is not None]))
-        self.rows.append(self._window)
-        self._window = []
-
-
 def build(kind: str, folder: Path, optimizer: OptimizerSettings) -> PolicyModule:
     """The module of a kind, the policy being another model than the reference, so that nothing is trivially 0."""
     policy, reference = str(folder / "policy"), str(folder / "reference")
@@ -83,25 +58,6 @@ def loader(store: Path, rank: int, ranks: int, *, batch_size: int, accumulate: i
     return DataLoader(batches, batch_size=None, sampler=sampler)
 
 
-def trainer(folder: Path, ranks: int, callbacks: Sequence[Callback], record: RunRecord, **settings: Any) -> L.Trainer:
-    # What Lightning says under DDP about metrics that are not reduced is always a mistake here.
-    warnings.filterwarnings("error", message=".*sync_dist")
-    parallel: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {"devices": 1}
-    return L.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        logger=[record],
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **parallel,
-        **settings,
-    )
-
-
 def still_run(kind: str, accumulate: int, folder: Path, rank: int, ranks: int) -> Result:
     """One epoch that leaves the weights alone, with validation."""
     witness, record = Witness(), RunRecord()
@@ -115,7 +71,7 @@ def still_run(kind: str, accumulate: int, folder: Path, rank: int, ranks: int) -
         loader(store, rank, ranks, batch_size=4, accumulate=accumulate if shuffle else 1, shuffle=shuffle)
         for shuffle in (True, False)
     ]
-    fit = trainer(folder, ranks, [witness], record, max_epochs=1, accumulate_grad_batches=accumulate)
+    fit = trainer_of_ranks(folder, ranks, [witness], logger=[record], max_epochs=1, accumulate_grad_batches=accumulate)
     fit.fit(module, *data)
     threshold = module.bco_threshold if isinstance(module, DPOModule) else None
     return {
@@ -133,7 +89,7 @@ def moving_run(folder: Path, rank: int, ranks: int) -> Result:
     record = RunRecord()
     module = build("sigmoid", folder, MOVING)
     data = loader(folder / "pairs", rank, ranks, batch_size=8 // ranks, accumulate=1, shuffle=False)
-    fit = trainer(folder, ranks, [gold, Throughput()], record, max_steps=3, limit_train_batches=1, max_epochs=3)
+    fit = trainer_of_ranks(folder, ranks, [gold, Throughput()], logger=[record], max_steps=3, limit_train_batches=1, max_epochs=3)
     fit.fit(module, data)
     return {
         "weights": {name: parameter.detach() for name, parameter in module.policy.named_parameters()},
@@ -155,7 +111,7 @@ def cached_run(folder: Path, rank: int, ranks: int) -> Result:
         cache_dir=str(folder / f"cache-{ranks}"),
     )
     module = DPOModule(str(folder / "speaker"), reference="cache", optimizer=STILL)
-    trainer(folder, ranks, [], RunRecord(), max_steps=1).fit(module, data)
+    trainer_of_ranks(folder, ranks, [], max_steps=1).fit(module, data)
     assert isinstance(module.reference, CachedReference)
     assert isinstance(module.val_reference, CachedReference)
     return {"train": module.reference.table_logps, "val": module.val_reference.table_logps, "key": module.reference.key}
@@ -164,21 +120,9 @@ def cached_run(folder: Path, rank: int, ranks: int) -> Result:
 STILL_RUNS = [("sft-token", 1), ("sft-token", 2), ("sft-sequence", 1), ("sigmoid", 1), ("sigmoid", 2), ("kto", 1), ("bco", 1)]
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
 def everything(folder: Path, rank: int, ranks: int) -> dict[str, Result]:
     results = {f"{kind} x{accumulate}": still_run(kind, accumulate, folder, rank, ranks) for kind, accumulate in STILL_RUNS}
     return {**results, "moving": moving_run(folder, rank, ranks), "cached": cached_run(folder, rank, ranks)}
-
-
-def run_rank(rank: int, job: Job) -> None:
-    place = {"MASTER_PORT": job.port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(everything(job.folder, rank, RANKS), job.folder / f"{rank}.pt")
 
 
 class Runs(NamedTuple):
@@ -215,16 +159,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     vocabulary = max(playground_tokenizer().get_vocab().values()) + 1
     for seed, (name, size) in enumerate({"policy": 64, "reference": 64, "speaker": vocabulary}.items()):
         small_model(seed, size).save_pretrained(folder / name)
-    started = time.time_ns()
-    mp.spawn(run_rank, args=(Job(folder, 20_000 + started // 1000 % 20_000),), nprocs=RANKS)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    return Runs(folder, groups, ranks, everything(folder, 0, 1))
+    return Runs(folder, groups, launched(everything, folder, RANKS), everything(folder, 0, 1))
 
 
 def updates(runs: Runs, name: str) -> list[list[int]]:
-    """The rows of every update, over all ranks and micro-batches."""
-    by_rank = [runs.ranks[rank][name]["rows"] for rank in range(RANKS)]
-    return [[row for window in windows for batch in window for row in batch] for windows in zip(*by_rank, strict=True)]
+    return rows_of_updates([result[name]["rows"] for result in runs.ranks])
 
 
 def exact_gradient(module: PolicyModule, groups: list[PromptGroup]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,12 +160,23 @@ def test_thousands_of_rows_are_refused_in_words_or_mean_what_they_say(record_pro
     assert len(tally.outcomes) > 20, "many kinds of mistakes are met"
 
 
-@pytest.mark.parametrize("text", NASTY_TEXTS, ids=lambda text: ascii(text[:8]))
-def test_a_nasty_text_at_any_place_of_a_right_row(text: str) -> None:
+@cache
+def tally_with(text: str) -> Tally:
+    """What becomes of right rows with one value after the other replaced by a text, alone and as a message."""
     tally = Tally()
     for row, name in [(right, name) for right in RIGHT[:17] for name in right]:
         for value in (text, [text], {"role": text, "content": text}, [*SAID, {"role": "assistant", "content": text}]):
             try_row({**row, name: value}, tally)
+    return tally
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS, ids=lambda text: ascii(text[:8]))
+def test_a_nasty_text_is_taken_where_a_plain_one_is_unless_it_is_blank_or_none(text: str) -> None:
+    nasty, plain = tally_with(text), tally_with("word")
+    assert nasty.num_cases == plain.num_cases
+    is_text = bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)
+    assert (nasty.outcomes["accepted"] == plain.outcomes["accepted"]) is is_text
+    assert 0 < nasty.outcomes["accepted"] <= plain.outcomes["accepted"], "there are columns for any text, such as the source"
 
 
 @pytest.mark.parametrize("depth", [30, 3000])

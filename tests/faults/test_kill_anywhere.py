@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from gloo_ranks import free_port
 from rollouts import speaker, write_prompts
 
 from lightning_pref.checkpoints import checkpoints_of
@@ -117,9 +117,7 @@ class Bench:
         flags += [f"--run.root={self.folder / root}"]
         if self.case.recipe != "rlhf":
             flags += [f"--data.cache_dir={self.folder / root / 'cache'}"]
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         started = []
         for rank in range(self.case.ranks):
             environment = {}

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.plugins import MixedPrecision
 from resumed_runs import grpo
+from speakers import quiet_trainer
 from spiky import Regression, adamw, batches, fit, weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -158,6 +159,13 @@ def test_it_stops_after_so_many_in_a_row_and_says_where_to_look(tmp_path: Path) 
     assert torch.equal(weights(module), weights(before))
 
 
+@pytest.mark.parametrize("name", ["stop_after", "every_n_updates"])
+def test_a_number_of_updates_below_one_is_refused(name: str) -> None:
+    settings: Any = {name: 0}
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1.*, got 0"):
+        NonFiniteGuard(**settings)
+
+
 def test_bad_updates_that_are_not_in_a_row_do_not_stop_the_run(tmp_path: Path) -> None:
     data = batches(UPDATES)
     guard = NonFiniteGuard(stop_after=2)
@@ -270,18 +278,7 @@ def test_on_a_module_of_ours_the_rows_are_named_and_the_metrics_go_on(
     made = [GroupBatch.from_groups(groups[i : i + 3]) for i in range(0, 12, 3)]
     made[1].weights[1] = math.nan
     module, guard = SFTModule(tiny_model()), NonFiniteGuard()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=2,
-        callbacks=[guard],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(max_epochs=2, callbacks=[guard], log_every_n_steps=1, default_root_dir=tmp_path)
     trainer.fit(module, DataLoader(made, batch_size=None))  # type: ignore[arg-type]
     assert [event["rows"] for event in guard.events] == [[3, 4, 5], [3, 4, 5]]
     assert guard.updates == 6
@@ -348,17 +345,7 @@ def test_in_rlhf_the_prompts_are_named_and_the_moving_reference_stays(tmp_path: 
     module, data, _ = grpo(tmp_path)
     assert isinstance(module, RLHFModule)
     guard, spoils = NonFiniteGuard(), SpoilsGradients(2)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=6,
-        callbacks=[spoils, guard],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(max_steps=6, callbacks=[spoils, guard], default_root_dir=tmp_path, max_epochs=-1)
     trainer.fit(module, data)
     assert spoils.changed == [True, True, False, True, True, True]
     assert module.num_updates == guard.updates == 5

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from lightning.pytorch.strategies import ModelParallelStrategy
+from speakers import quiet_trainer
 from spiky import Regression, adamw, batches
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -66,18 +65,8 @@ def train(folder: Path, rank: int, name: str, *, leave_out: bool) -> dict[str, A
         data[BAD][3, 6] = math.nan
     module = Sharded(decaying, schedule=lambda made: LinearLR(made, total_iters=UPDATES))
     guard = NonFiniteGuard(rows=lambda batch: [100 * rank + 7])
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=strategy_named(name),
-        max_epochs=1,
-        logger=False,
-        callbacks=[guard],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        use_distributed_sampler=False,
+    trainer = quiet_trainer(
+        devices=RANKS, strategy=strategy_named(name), callbacks=[guard], default_root_dir=folder, use_distributed_sampler=False
     )
     loader: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader)
@@ -89,21 +78,16 @@ def train(folder: Path, rank: int, name: str, *, leave_out: bool) -> dict[str, A
     }
 
 
-def run_rank(rank: int, folder: Path, port: int) -> None:
-    place = {"MASTER_PORT": port, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    results = {
+def everything(folder: Path, rank: int, ranks: int) -> dict[Any, Any]:
+    assert ranks == RANKS
+    return {
         (name, leave_out): train(folder, rank, name, leave_out=leave_out) for name in STRATEGIES for leave_out in (False, True)
     }
-    torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(folder, 20_000 + time.time_ns() // 1000 % 20_000), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return launched(everything, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from speakers import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, Trainer
@@ -90,17 +91,8 @@ def by_lightning(model: LlamaForCausalLM, folder: Path, callback: Callback) -> d
             for key, value in metrics.items():
                 entries.setdefault(key, {})[step or 0] = value
 
-    trainer = L.Trainer(
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        callbacks=[callback],
-        logger=Notebook(folder),
-        log_every_n_steps=4,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    trainer = quiet_trainer(
+        gradient_clip_val=1.0, callbacks=[callback], logger=Notebook(folder), log_every_n_steps=4, default_root_dir=folder
     )
     loader: DataLoader[Any] = DataLoader(pair_rows(NUM_ROWS), batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
     model.train()

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from speakers import quiet_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -73,17 +74,8 @@ def test_events_and_losses_are_those_of_lightnings_trainer(tiny_model: TinyModel
         lr_scheduler_type="constant",
         optim="adamw_torch",
     )
-    trainer = L.Trainer(
-        max_epochs=2,
-        accumulate_grad_batches=2,
-        gradient_clip_val=1.0,
-        callbacks=[ours],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
+    trainer = quiet_trainer(
+        max_epochs=2, accumulate_grad_batches=2, gradient_clip_val=1.0, callbacks=[ours], default_root_dir=tmp_path
     )
     loader: DataLoader[Any] = DataLoader(rows, batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
     trainer.fit(SameInLightning(tiny_model()), loader)

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from speakers import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
@@ -71,18 +72,13 @@ def run(
 ) -> tuple[Gradients, RunRecord]:
     sampler = GroupBatchSampler(batches, batch_size=batch_size, accumulate=accumulate, shuffle=False, limit_batches=limit)
     gradients, record = Gradients(), RunRecord()
-    trainer = L.Trainer(
-        max_epochs=1,
+    trainer = quiet_trainer(
         accumulate_grad_batches=accumulate,
         limit_train_batches=limit,
         gradient_clip_val=clip,
-        accelerator="cpu",
         logger=[record],
         log_every_n_steps=1,
         callbacks=[gradients],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(batches, batch_size=None, sampler=sampler))
     return gradients, record
@@ -188,15 +184,7 @@ def test_batches_from_elsewhere_are_averaged_exactly_one_by_one(tiny_model: Tiny
     groups = random_groups(4)
     loader: DataLoader[Any] = DataLoader([GroupBatch.from_groups(groups)], batch_size=None)  # type: ignore[arg-type]
     gradients = Gradients()
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[gradients],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(callbacks=[gradients])
     trainer.fit(build("dpo", tiny_model()), loader)
     expected = oracle(build("dpo", tiny_model()), groups)
     assert torch.allclose(gradients.seen[0], expected, rtol=1e-4, atol=1e-6)

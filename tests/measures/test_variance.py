@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from gloo_ranks import launched
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -354,19 +355,19 @@ def test_M5_an_update_does_not_wait_for_the_gpu() -> None:
     assert metric.compute()["prompts"] == 4
 
 
-def _report_on_rank(rank: int, parts: Sequence[Groups], folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts))
+def report_on_rank(parts: Sequence[Groups], _folder: Path, rank: int, _ranks: int) -> dict[str, Tensor]:
+    torch.distributed.init_process_group("gloo")
     metric = RewardVariance()
     metric.update(*flat(parts[rank]))
-    torch.save(metric.compute(), folder / f"{rank}.pt")
+    report = metric.compute()
     torch.distributed.destroy_process_group()
+    return report
 
 
 @pytest.mark.slow
 def test_real_ranks_report_what_one_process_does(tmp_path: Path) -> None:
     groups: Groups = (100 + np.random.default_rng(8).normal(size=(7, 3))).tolist()
-    mp.spawn(_report_on_rank, args=((groups[:2], groups[2:]), tmp_path), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    found = launched(partial(report_on_rank, (groups[:2], groups[2:])), tmp_path, 2)
     whole = report_of(groups)
     for name, value in whole.items():
         assert found[0][name].item() == pytest.approx(value, rel=1e-9, nan_ok=True), name

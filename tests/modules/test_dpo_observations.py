@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from speakers import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
@@ -59,17 +60,7 @@ class Watching(DPOModule):
 def fit(folder: Path, module: DPOModule, batches: list[GroupBatch], callbacks: list[Callback], **settings: Any) -> DPOModule:
     if isinstance(module, Watching):
         module.wanted = []
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
+    trainer = quiet_trainer(callbacks=callbacks, default_root_dir=folder, **settings)
     loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     trainer.fit(module, loader)
     return module

@@ -38,11 +38,19 @@ def test_N7_what_deepspeed_would_do_inexactly_is_refused(asked: Any, message: st
         prepare_engine(asked)
 
 
-@pytest.mark.parametrize(
-    "asked", [Asked(deepspeed(1)), Asked(deepspeed(2), precision="bf16-mixed"), Asked(DDPStrategy(), 4, "16-mixed")]
-)
-def test_the_rest_is_not_refused(asked: Any) -> None:
+@pytest.mark.parametrize("asked", [Asked(deepspeed(1)), Asked(deepspeed(2), precision="bf16-mixed")])
+def test_the_rest_is_prepared_and_keeps_its_stage(asked: Any) -> None:
+    stage = asked.strategy.config["zero_optimization"]["stage"]
     prepare_engine(asked)
+    assert asked.strategy.config == {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
+
+
+def test_another_strategy_may_accumulate_in_half_precision_and_is_left_alone() -> None:
+    strategy = DDPStrategy()
+    before = dict(vars(strategy))
+    asked: Any = Asked(strategy, 4, "16-mixed")
+    prepare_engine(asked)
+    assert vars(strategy) == before
 
 
 def test_the_engine_is_told_a_batch_size_that_lightning_would_not_find() -> None:

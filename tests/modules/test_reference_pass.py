@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from speakers import quiet_trainer
 from transformers import LlamaForCausalLM
 
 from lightning_pref.data.datamodule import PreferenceData
@@ -49,16 +50,7 @@ class Losses(DPOModule):
 
 def fit(module: DPOModule, data: Any, folder: Path, **settings: Any) -> list[torch.Tensor]:
     module.seen = []  # type: ignore[assignment]
-    trainer = L.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **settings,
-    )
+    trainer = quiet_trainer(max_epochs=2, default_root_dir=folder, **settings)
     trainer.fit(module, data)
     return module.seen  # type: ignore[return-value]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +12,10 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_ranks import free_port, launched, take_place
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from speakers import quiet_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -151,18 +151,13 @@ def run(cell: Cell, folder: Path, rank: int = 0) -> Outcome:
         how = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))]}
     first, module = FirstGradient(), build(cell, folder)
     parallel: dict[str, Any] = {"devices": cell.ranks, "strategy": "ddp"} if cell.ranks > 1 else {"devices": 1}
-    trainer = L.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
         default_root_dir=folder,
         max_epochs=NUM_UPDATES,
         accumulate_grad_batches=cell.accumulate,
         gradient_clip_val=CLIP,
-        logger=False,
         log_every_n_steps=1,
         callbacks=[first],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         **parallel,
         **how,
@@ -302,25 +297,19 @@ def prepare(folder: Path) -> dict[Kind, list[PromptGroup]]:
     return {"dpo": pairs, "reward": pairs, "sft": demonstrations}
 
 
-class Job(NamedTuple):
-    folder: Path
-    port: int
-
-
-def run_process(process: int, job: Job) -> None:
+def run_process(ports: Mapping[int, int], folder: Path, process: int, _processes: int) -> dict[str, Outcome]:
     """The first two do what two processes do, while the third does what one does alone; then all three together."""
-    torch.set_num_threads(1)
     done: dict[str, Outcome] = {}
     if process == 2:
-        done |= {cell.name: run(cell, job.folder) for cell in cells() if cell.ranks == 1}
+        take_place(0, 1, ports[1])
+        done |= {cell.name: run(cell, folder) for cell in cells() if cell.ranks == 1}
     for ranks in (2, 3):
         if process >= ranks:
             continue
-        place = {"MASTER_PORT": job.port + ranks, "WORLD_SIZE": ranks, "LOCAL_RANK": process, "RANK": process, "NODE_RANK": 0}
-        os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-        done |= {cell.name: run(cell, job.folder, process) for cell in cells() if cell.ranks == ranks}
+        take_place(process, ranks, ports[ranks])
+        done |= {cell.name: run(cell, folder, process) for cell in cells() if cell.ranks == ranks}
         dist.destroy_process_group()
-    torch.save({name: tuple(outcome) for name, outcome in done.items()}, job.folder / f"{process}.pt")
+    return done
 
 
 class Matrix(NamedTuple):
@@ -338,11 +327,11 @@ class Matrix(NamedTuple):
 def run_matrix(folder: Path) -> Matrix:
     """Run every cell, in one launch of three processes."""
     groups = prepare(folder)
-    mp.spawn(run_process, args=(Job(folder, 20_000 + time.time_ns() // 1000 % 20_000),), nprocs=3)
+    ports = {ranks: free_port() for ranks in (1, 2, 3)}
     outcomes: dict[str, list[Outcome]] = {}
-    for process in range(3):
-        for name, outcome in torch.load(folder / f"{process}.pt", weights_only=True).items():
-            outcomes.setdefault(name, []).append(Outcome(*outcome))
+    for done in launched(partial(run_process, ports), folder, 3):
+        for name, outcome in done.items():
+            outcomes.setdefault(name, []).append(outcome)
     known = {kind: exact(kind, folder, groups[kind]) for kind in groups}
     parts = [{kind: each[i] for kind, each in known.items()} for i in range(3)]
     return Matrix(outcomes, *parts)  # type: ignore[arg-type]

@@ -82,12 +82,11 @@ def loader(groups: Sequence[PromptGroup], folder: Path, *, batch_size: int = 4, 
 
 
 def trainer(folder: Path, *callbacks: Callback, **settings: Any) -> L.Trainer:
-    options: dict[str, Any] = {"max_epochs": 1, "logger": False, "log_every_n_steps": 1}
+    options: dict[str, Any] = {"max_epochs": 1, "logger": False, "log_every_n_steps": 1, "enable_checkpointing": False}
     return L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **{**options, **settings},

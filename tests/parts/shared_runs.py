@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +11,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from rollouts import rollout_data
@@ -189,14 +186,23 @@ def trainer_of(folder: Path, strategy: str | Strategy, ranks: int, *callbacks: C
     )
 
 
-def shared_run(case: str, strategy: str, folder: Path, rank: int, ranks: int) -> Result:
-    """Two epochs over thirteen ragged rows, or two rollouts over seven prompts, validation in between."""
+def shared_run(case: str, strategy: str, folder: Path, rank: int, ranks: int, **settings: Any) -> Result:
+    """Two epochs over thirteen ragged rows, or two rollouts over seven prompts, validation in between.
+
+    Args:
+        case: Name of the case.
+        strategy: Of the trainer.
+        folder: What `write_rows` wrote to.
+        rank: Of this process.
+        ranks: Number of processes.
+        settings: More of the trainer.
+    """
     make, accumulate = CASES[case]
     # Ranks that were seeded apart: what they hold must not come from there.
     torch.manual_seed(rank)
     module, witness = make(), Witness()
     trainer = trainer_of(
-        folder, strategy, ranks, witness, max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=CLIP
+        folder, strategy, ranks, witness, max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=CLIP, **settings
     )
     if is_rlhf(case):
         (folder / f"{rank}").mkdir(exist_ok=True)
@@ -239,12 +245,13 @@ def loader(case: str, folder: Path, rank: int, ranks: int, *, accumulate: int) -
     return DataLoader(batches, batch_size=None, sampler=sampler)
 
 
-def by_hand(case: str, updates: list[list[Any]]) -> Result:
+def by_hand(case: str, updates: list[list[Any]], *, mixed: bool = False) -> Result:
     """The same updates in one process, by torch alone: of each the batches of all ranks and micro-batches as one batch.
 
     Args:
         case: Of the run.
         updates: By update, the batches of all ranks.
+        mixed: Whether matrix products are in bfloat16.
     """
     torch.manual_seed(0)
     module = CASES[case][0]()
@@ -260,7 +267,9 @@ def by_hand(case: str, updates: list[list[Any]]) -> Result:
     rows = rows_for(case)
     for batches in updates:
         optimizer.zero_grad()
-        (joint_loss(module, batches) if is_rlhf(case) else mean_loss(module, [rows[r] for r in seen_rows(batches)])).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            joint = joint_loss(module, batches) if is_rlhf(case) else mean_loss(module, [rows[r] for r in seen_rows(batches)])
+        joint.backward()
         gradients.append({name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad})
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
@@ -303,17 +312,3 @@ def joint_loss(module: RLHFModule, batches: list[Any]) -> Tensor:
             share = (missed.losses * missed.weights).sum() / counts[missed.unit]
             total = total + module.value_settings.coefficient * share
     return total
-
-
-def on_a_rank(rank: int, work: Callable[[Path, int, int], Any], folder: Path, ranks: int, port: int) -> None:
-    place = {"MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "RANK": rank, "NODE_RANK": 0}
-    os.environ.update(MASTER_ADDR="127.0.0.1", **{name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
-    torch.save(work(folder, rank, ranks), folder / f"{rank}-of-{ranks}.pt")
-
-
-def launched(work: Callable[[Path, int, int], Any], folder: Path, ranks: int) -> list[Any]:
-    """What a function of (folder, rank, ranks) gives in each of several processes, which gloo joins."""
-    port = 20_000 + time.time_ns() // 1000 % 20_000
-    mp.spawn(on_a_rank, args=(work, folder, ranks, port), nprocs=ranks)  # type: ignore[no-untyped-call]
-    return [torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=False) for rank in range(ranks)]

@@ -30,6 +30,14 @@ def short_spam(**changes: Any) -> SpikeAwareOptimizerReset:
     return SpikeAwareOptimizerReset(**{**SHORT_SPAM, **changes})
 
 
+def evidence(**changes: Any) -> SpikeAwareOptimizerReset:
+    return SpikeAwareOptimizerReset("evidence", **{"guard_steps": 3, "warmup_steps": 6, **changes})
+
+
+def actions(callback: SpikeAwareOptimizerReset) -> list[tuple[int, str]]:
+    return [(event["update"], event["action"]) for event in callback.events]
+
+
 class Regression(L.LightningModule):
     """Two layers that learn a linear map; gradients of the updates in `spikes` are multiplied after backward."""
 
@@ -73,11 +81,12 @@ class Regression(L.LightningModule):
 
 
 class TwoOptimizers(Regression):
-    """Manual optimisation: the first layer in every batch, the last one in every third."""
+    """Manual optimisation: the first layer in every batch, the last one in every third, or every so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, head_every: int = 3) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.head_every = head_every
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -85,7 +94,7 @@ class TwoOptimizers(Regression):
         body, head = self.optimizers()  # type: ignore[misc]
         self.manual_backward(loss)
         body.step()
-        if batch_idx % 3 == 2:
+        if (batch_idx + 1) % self.head_every == 0:
             head.step()
         body.zero_grad()
         head.zero_grad()
@@ -175,3 +184,21 @@ class Gradients(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         group = trainer.optimizers[0].param_groups[0]
         self.after_batch.append((float(group["lr"]), float(group.get("weight_decay", 0.0))))
+
+
+class After(Callback):
+    """Weights, moments and step counter after every batch."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+        self.first: list[Tensor] = []
+        self.second: list[Tensor] = []
+        self.steps: list[int] = []
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        states = list(trainer.optimizers[0].state.values())
+        self.weights.append(weights(pl_module))
+        self.first.append(torch.cat([state["exp_avg"].flatten() for state in states]))
+        self.second.append(torch.cat([state["exp_avg_sq"].flatten() for state in states]))
+        self.steps.append(int(states[0]["step"]))

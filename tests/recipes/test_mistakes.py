@@ -67,6 +67,16 @@ def test_a_setting_that_cannot_be_meant_is_explained(bench: Any, args: list[str]
     assert message in error_of(bench.dpo, *args)
 
 
+def test_what_lightning_refuses_beside_the_data_is_one_paragraph_as_well(bench: Any) -> None:
+    with pytest.raises(SystemExit) as raised:
+        bench.dpo("--trainer.val_check_interval=50")
+    assert raised.value.code == 2
+    said = "`val_check_interval` (50) must be less than or equal to the number of the training batches (5)"
+    text = error_of(bench.dpo, "--trainer.val_check_interval=50", "--run.name=again")
+    assert text.startswith(f"error: The Trainer cannot be set up so: {said}")
+    assert "Change the `--trainer.*` setting it speaks of, or leave it out." in text
+
+
 def test_a_misspelt_flag_is_refused(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         bench.dpo("--data.trian=x")

@@ -197,6 +197,17 @@ def test_a_logger_of_ones_own_replaces_the_default_ones(bench: Any) -> None:
     assert {entry.name for entry in result.folder.iterdir()} == {".lock", "config.yaml", "summary.json", "checkpoints", "export"}
 
 
+def test_alerts_are_told_of_where_the_logger_of_ones_own_has_its_folder(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "mine"}}
+    result = bench.dpo(f"--trainer.logger={json.dumps(logger)}", "--trainer.callbacks+=outspoken.Outspoken", "--run.name=told")
+    (written,) = Path.cwd().rglob("alerts.jsonl")
+    assert written.is_relative_to(Path.cwd() / "mine")
+    assert summary_of(result.folder)["alerts"] == 1
+    printed = capsys.readouterr().out
+    assert "warning outspoken/says since step 1" in printed
+    assert str(written.relative_to(Path.cwd())) in printed
+
+
 def test_callbacks_of_ones_own_are_added_to_those_of_the_recipe(bench: Any) -> None:
     early = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "loss", "stopping_threshold": 9}}
     result = bench.dpo(f"--trainer.callbacks={json.dumps([early])}", "--trainer.max_steps=-1", "--trainer.max_epochs=3")
