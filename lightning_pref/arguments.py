@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from argparse import Action
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -15,8 +17,8 @@ from typing_extensions import override
 
 CONFIG_FLAGS = ("--config", "-c")
 
-# What jsonargparse does not catch itself: values of half characters, without end, or of a structure that it does not expect.
-BEYOND_JSONARGPARSE = (ValueError, RecursionError, AttributeError, IndexError, OSError, yaml.YAMLError)
+# What jsonargparse does not catch itself: values of half characters, too large, without end, or of an unexpected structure.
+BEYOND_JSONARGPARSE = (ValueError, OverflowError, RecursionError, AttributeError, IndexError, OSError, yaml.YAMLError)
 
 # Types as jsonargparse writes them, and as people say them.
 _TYPE_NAMES = (
@@ -49,6 +51,7 @@ class PlainErrors(ArgumentParser):
                 "in YAML. Leave flags out one by one to find the one at fault."
             ) from error
         check_groups(config, self._flags())
+        check_nulls(config, self._actions)
         return config
 
     @override
@@ -72,6 +75,36 @@ class RecipeParser(PlainErrors, LightningArgumentParser):
         return super().format_help(*args)
 
 
+def divided(args: Sequence[str], lists: Collection[str]) -> tuple[Sequence[str], list[str]]:
+    """What is a command's own, and what it hands on as `flags`: all behind `--`, and the configuration.
+
+    >>> divided(["--workers=2", "--config", "my.yaml", "--", "--run.name", "a"], {"flags"})
+    (['--workers=2'], ['--flags+=--config=my.yaml', '--flags+=--run.name', '--flags+=a'])
+    """
+    if "flags" not in lists:
+        return args, []
+    cut = args.index("--") if "--" in args else len(args)
+    own, handed_on = list(args[:cut]), list(args[cut + 1 :])
+    for place in reversed(range(len(own))):
+        if own[place] == "--config" and place + 1 < len(own):
+            own[place : place + 2] = [f"--config={own[place + 1]}"]
+    configs = [arg for arg in own if arg.startswith("--config=")]
+    return [arg for arg in own if arg not in configs], [f"--flags+={arg}" for arg in [*configs, *handed_on]]
+
+
+def as_parsed(arg: str, lists: Collection[str]) -> str:
+    """An argument as jsonargparse reads it: `--drop-top` is `--drop_top`, and what is a list is appended to.
+
+    >>> as_parsed("--reward-model=a-b", {"reward_model"})
+    '--reward_model+=a-b'
+    """
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    plain = name[2:].replace("-", "_")
+    return f"--{plain}{'+' if plain in lists else ''}{equals}{value}"
+
+
 def check_groups(config: Namespace, flags: Sequence[str]) -> None:
     """Raise where a single value, or nothing, stands for a whole group of settings, which jsonargparse lets pass."""
     names = [flag.removeprefix("--").split(".") for flag in flags if not flag.endswith(".help")]
@@ -84,6 +117,19 @@ def check_groups(config: Namespace, flags: Sequence[str]) -> None:
                 f"`--{group}`: got {found}; expected a group of settings: {_shortened(', '.join(within))}. "
                 "Set those that you mean, or leave the group out."
             )
+
+
+def check_nulls(config: Namespace, actions: Sequence[Action]) -> None:
+    """Raise where a setting of a group is null that cannot be, which jsonargparse lets pass."""
+    for action in actions:
+        hint = getattr(action, "_typehint", None)
+        kinds = get_args(hint) or (hint,)
+        if action.default is None or {None, NoneType, Any} & set(kinds) or config.get(action.dest, action.default) is not None:
+            continue
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(
+            f"`--{action.dest}`: got null; expected {_shortened(names)}. Give a value, or leave it out for its default."
+        )
 
 
 def check_config(path: Path) -> None:
@@ -124,17 +170,18 @@ def plain(message: str, flags: Sequence[str]) -> str:
     """
     unknown = _unknown_option(message)
     if unknown is not None:
-        return f"There is no option `{unknown}`.{_suggestion(unknown, flags)} `--help` lists all options."
+        return f"There is no option `{_shortened(unknown)}`.{_suggestion(unknown, flags)} `--help` lists all options."
     for pattern, words in _TYPE_NAMES:
         message = pattern.sub(words, message)
     key, _, rest = message.partition("\n")
     found = re.fullmatch(r'Parser key "(.+?)":', key.strip())
     if found is None:
-        return f"{_sentence(message)} `--help` explains all options."
+        return f"{_sentence(_shortened(message, 1000))} `--help` explains all options."
+    name = _shortened(found[1])
     if group := re.search(r"Unable to load config '(.*?)'", rest, re.DOTALL):
         within = [flag for flag in flags if flag.startswith(f"--{found[1]}.")]
         return (
-            f"`--{found[1]}`: got {_shortened(group[1])}; expected a file with these settings, or the settings by themselves: "
+            f"`--{name}`: got {_shortened(group[1])}; expected a file with these settings, or the settings by themselves: "
             f"{_shortened(', '.join(within))}."
         )
     causes = list(dict.fromkeys(_causes(rest)))
@@ -145,7 +192,7 @@ def plain(message: str, flags: Sequence[str]) -> str:
     why = f" ({'; '.join(causes)})" if causes else ""
     takes_class = "Subtypes" in rest and re.search(r"Problem with given class_path|either not accessible", rest)
     cure = " A class is given by its path, `package.module.ClassName`." if takes_class else ""
-    return f"`--{found[1]}`: {got}{kinds}{why}.{cure} `--help` explains it."
+    return f"`--{name}`: {got}{kinds}{why}.{cure} `--help` explains it."
 
 
 def _causes(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin, get_type_hints
@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_pref.arguments import PlainErrors, RecipeParser
+from lightning_pref.arguments import PlainErrors, RecipeParser, as_parsed, divided
 from lightning_pref.callbacks import ExactResume, FaultAdvice, GoldReward, NonFiniteGuard, Throughput
 from lightning_pref.callbacks.hosts import ALERTS_FILE, alerts_folder
 from lightning_pref.callbacks.lost_updates import meter_for
@@ -301,46 +301,17 @@ def run_command(command: Callable[..., object], name: str, args: Sequence[str]) 
     lists = {parameter for parameter, kind in types.items() if get_origin(kind) is list}
     given, debug = without_debug(args)
     with mistakes_in_one_paragraph(debug=debug), readable_terminal():
-        own, handed_on = _divided(given, lists)
-        flags = [*(_flag(arg, lists) for arg in own), *handed_on]
+        own, handed_on = divided(given, lists)
+        flags = [*(as_parsed(arg, lists) for arg in own), *handed_on]
         auto_cli(
             command,
             args=flags,
             parser_class=PlainErrors,
             prog=f"python -m lightning_pref {name}",
             epilog=DEBUG_HELP,
+            formatter_class=PlainHelp,
             as_positional=False,
         )
-
-
-def _divided(args: Sequence[str], lists: Collection[str]) -> tuple[Sequence[str], list[str]]:
-    """What is a command's own, and what it hands on as `flags`: all behind `--`, and the configuration.
-
-    >>> _divided(["--workers=2", "--config", "my.yaml", "--", "--run.name", "a"], {"flags"})
-    (['--workers=2'], ['--flags+=--config=my.yaml', '--flags+=--run.name', '--flags+=a'])
-    """
-    if "flags" not in lists:
-        return args, []
-    cut = args.index("--") if "--" in args else len(args)
-    own, handed_on = list(args[:cut]), list(args[cut + 1 :])
-    for place in reversed(range(len(own))):
-        if own[place] == "--config" and place + 1 < len(own):
-            own[place : place + 2] = [f"--config={own[place + 1]}"]
-    configs = [arg for arg in own if arg.startswith("--config=")]
-    return [arg for arg in own if arg not in configs], [f"--flags+={arg}" for arg in [*configs, *handed_on]]
-
-
-def _flag(arg: str, lists: Collection[str]) -> str:
-    """An argument as jsonargparse reads it: `--drop-top` is `--drop_top`, and what is a list is appended to.
-
-    >>> _flag("--reward-model=a-b", {"reward_model"})
-    '--reward_model+=a-b'
-    """
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    plain = name[2:].replace("-", "_")
-    return f"--{plain}{'+' if plain in lists else ''}{equals}{value}"
 
 
 def _check_devices(asked: Namespace) -> None:

@@ -18,7 +18,7 @@ from lightning_pref.data.templates import Tokenization
 from lightning_pref.models.backbones import Dtype, check_vocabulary, load_model, load_tokenizer
 from lightning_pref.models.generation import sample_responses
 from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
-from lightning_pref.rollouts.rewards import function_named
+from lightning_pref.rollouts.reward_functions import function_named
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from numbers import Real
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -26,9 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_pref.data.groups import GroupBatch, PromptGroup
-from lightning_pref.data.playground import gold_reward, proxy_reward
-from lightning_pref.data.playground_reward import Flaw, Text
-from lightning_pref.data.playground_source import is_playground
+from lightning_pref.data.playground_reward import Flaw
 from lightning_pref.data.rows import Row
 from lightning_pref.data.templates import Tokenization
 from lightning_pref.domains import check_range
@@ -39,14 +34,10 @@ from lightning_pref.models.reward_members import member_folders
 from lightning_pref.models.reward_models import ScoreScale, build_reward_model, has_linear_head, is_classifier, response_scores
 from lightning_pref.models.reward_scores import load_reward_model, sequence_scores
 from lightning_pref.rollouts.prompts import Prompt
+from lightning_pref.rollouts.reward_functions import RewardFunction, function_named, further_parameters, names_function
 
 # What a name on the command line may be: one reward, an ensemble of reward models, or weights by name.
 RewardSpec = str | list[str] | dict[str, float]
-# What it returns is checked: it is the user's.
-RewardFunction = Callable[..., object]
-
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_PLAYGROUND = ("playground:gold", "playground:length", "playground:proxy")
 
 
 class Answers(NamedTuple):
@@ -107,7 +98,7 @@ class FunctionReward:
     function: RewardFunction
 
     def __call__(self, answers: Answers) -> Tensor:
-        columns = _further_parameters(self.function)
+        columns = further_parameters(self.function)
         found = []
         for prompt, texts in zip(answers.prompts, answers.texts, strict=True):
             if lacking := [name for name in columns if name not in prompt.columns]:
@@ -316,50 +307,7 @@ def check_reward(spec: RewardSpec | None) -> None:
 def is_model_reward(spec: RewardSpec) -> bool:
     """Whether a name, or a list of names, stands for reward models and not for functions."""
     names = [spec] if isinstance(spec, str) else list(spec)
-    return not any(is_playground(name) or _FUNCTION.fullmatch(name) for name in names)
-
-
-def function_named(name: str, flaw: Flaw | None = None) -> RewardFunction | None:
-    """The function behind `module:function` or a reward of the playground; `None` for a model.
-
-    Args:
-        name: As on the command line.
-        flaw: Of `playground:proxy`.
-    """
-    if is_playground(name):
-        if name not in _PLAYGROUND:
-            raise ValueError(f"Unknown reward {name!r} of the playground; known: {', '.join(_PLAYGROUND)}.")
-        if name == "playground:gold":
-            return gold_reward
-        return _proxy("length" if name == "playground:length" else flaw)
-    if _FUNCTION.fullmatch(name) is None:
-        return None
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"There is no Python module {module_name!r} for the reward {name!r}; run in its folder, or put that on PYTHONPATH."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"The module {module_name!r} has no function {function_name!r}, which the reward {name!r} names.")
-    found: RewardFunction = function
-    return found
-
-
-def _proxy(flaw: Flaw | None) -> RewardFunction:
-    def proxy(prompt: Text, response: str) -> float:
-        return proxy_reward(prompt, response, flaw)
-
-    return proxy
-
-
-def _further_parameters(function: RewardFunction) -> list[str]:
-    """Names of the parameters behind prompt and response that have no default."""
-    _, _, *rest = inspect.signature(function).parameters.values()
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in rest if p.kind not in variable and p.default is inspect.Parameter.empty]
+    return not any(map(names_function, names))
 
 
 def _load_model(name: str, dtype: Dtype) -> PreTrainedModel | ImplicitReward:
