@@ -169,6 +169,8 @@ def _decode_cell(name: str, cell: str) -> object:
 def _numbered(batches: Iterator[pa.RecordBatch], path: Path) -> Iterator[tuple[Place, RawRow]]:
     number = 0
     for batch in batches:
+        # What stands in a damaged file is else taken for places in memory.
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, _ROWS_PER_CHUNK):
             for row in batch.slice(start, _ROWS_PER_CHUNK).to_pylist():
                 number += 1
@@ -185,6 +187,6 @@ def _check_stream_end(file: pa.MemoryMappedFile) -> None:
 
 
 def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
         return ValueError(f"{path}: text in this {kind} file is no UTF-8 ({error}). Write its names and text as UTF-8.")
     return ValueError(f"{path}: not a whole {kind} file ({error}). It may have been cut off while it was copied; copy it again.")

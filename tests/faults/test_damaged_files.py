@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lightning_pref.checkpoints import BrokenCheckpoint, Manifest, check_whole, manifest_path, newest_whole, part_path, publish
-from lightning_pref.data.files import FILE_READERS
+from lightning_pref.data.files import FILE_READERS, read_arrow
 from lightning_pref.data.groups import GroupBatch, PromptGroup
 from lightning_pref.data.rows import RowError
 from lightning_pref.data.store import GroupStore, GroupStoreWriter
@@ -211,3 +211,13 @@ def test_jsonl_that_is_cut_within_a_line_names_the_line(tmp_path: Path) -> None:
     assert place.row == 121
     assert isinstance(last, RowError)
     assert "rows.jsonl, row 121: found broken JSON" in str(last)
+
+
+def test_text_that_lies_outside_its_arrow_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    ends = pa.py_buffer(np.array([0, -5, 4], np.int32).tobytes())
+    text = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"abcd")])
+    path = tmp_path / "rows.arrow"
+    with pa.ipc.new_file(str(path), pa.schema([("prompt", pa.string())])) as file:
+        file.write_batch(pa.record_batch([text], names=["prompt"]))
+    with pytest.raises(ValueError, match=r"rows\.arrow: not a whole Arrow file \(.*offset"):
+        list(read_arrow(path))
