@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tallies import print_tallies
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_pref.data.groups import PromptGroup
@@ -15,6 +16,11 @@ VOCABULARY = 64
 
 # Two test processes on two cores: more threads each would only fight.
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Here, since with several workers the process that prints knows no other conftest."""
+    print_tallies(terminalreporter)
 
 
 def build_tiny_model(seed: int = 0, **changes: int | float | bool) -> LlamaForCausalLM:

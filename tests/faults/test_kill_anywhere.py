@@ -27,7 +27,7 @@ from lightning_pref.data.playground_tokenizer import playground_tokenizer
 STARTER = multiprocessing.get_context("forkserver")
 STARTER.set_forkserver_preload([f"lightning_pref.recipes.{name}" for name in ("sft", "reward", "dpo", "rlhf")])
 
-KILLS = "kills"  # what `conftest` prints at the end of a run
+KILLS = "kills"  # which `tallies` prints at the end of a run
 
 COMMON = (
     "--trainer.accelerator=cpu",

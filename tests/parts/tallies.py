@@ -1,4 +1,4 @@
-"""Prints, after the run, what became of the cases of the fuzz tests, and of the runs that were killed."""
+"""What became of the cases of the fuzz tests, and of the runs that were killed: printed when all tests are over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 from fuzzing import TALLY
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def print_tallies(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tallies that tests have recorded."""
     tallies: dict[str, Counter[str]] = {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, tally in getattr(report, "user_properties", ()):
