@@ -43,8 +43,7 @@ def run_name(asked: str | None, root: Path) -> str:
             "a run name of its own. Name the run: `--run.name my-run`."
         )
     _refuse_unspeakable(root)
-    # Digits alone: `%b` and its like would follow the locale.
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    now = name_by_time()
     for name in (now if number == 1 else f"{now}-{number}" for number in count(1)):
         # Only one of several processes makes a folder.
         with contextlib.suppress(FileExistsError):
@@ -52,6 +51,12 @@ def run_name(asked: str | None, root: Path) -> str:
             break
     os.environ[RUN_NAME_VARIABLE] = name
     return name
+
+
+def name_by_time() -> str:
+    """Date and time as the name of a run."""
+    # Digits alone: `%b` and its like would follow the locale.
+    return datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def processes_from_outside() -> int:

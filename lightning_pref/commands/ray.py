@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from importlib import import_module
 from typing import Literal
 
 from lightning_pref.cli import RunResult
 from lightning_pref.integrations.ray import RaySettings, Strategy, train_on_ray
-from lightning_pref.run_folder import RUN_NAME_VARIABLE
+from lightning_pref.run_folder import RUN_NAME_VARIABLE, name_by_time
 
 
 def ray(
@@ -51,7 +50,7 @@ def ray(
         storage=storage,
     )
     # Workers would make up a name each, where none is given by a flag or a configuration.
-    name = os.environ.get(RUN_NAME_VARIABLE, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    name = os.environ.get(RUN_NAME_VARIABLE, name_by_time())
     main = import_module(f"lightning_pref.recipes.{recipe}").main
     result: RunResult = train_on_ray(main, flags, settings, environment={RUN_NAME_VARIABLE: name})
     return result

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from fuzzing import NASTY_TEXTS, SCALARS, TALLY, TEXTS, VALUES, Tally, declared, many
+from fuzzing import NASTY_TEXTS, SCALARS, TEXTS, VALUES, Tally, declared, many
 from hypothesis import given, seed
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser, Namespace
+from tallies import TALLY
 
 from lightning_pref.__main__ import COMMANDS
 from lightning_pref.arguments import PlainErrors

@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import NASTY_TEXTS, TALLY, TEXTS, VALUES, Tally, changed, declared, many
+from fuzzing import NASTY_TEXTS, TEXTS, VALUES, Tally, changed, declared, many
 from hypothesis import given, seed
 from hypothesis import strategies as st
+from tallies import TALLY
 
 from lightning_pref.data.files import FILE_READERS
 from lightning_pref.data.formats import parse_row

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzzing import NASTY_TEXTS, ODD_VALUES, TALLY, TEXTS, VALUES, Tally, changed, deep, is_finite, many
+from fuzzing import NASTY_TEXTS, ODD_VALUES, TEXTS, VALUES, Tally, changed, deep, is_finite, many
 from hypothesis import given, seed
 from hypothesis import strategies as st
+from tallies import TALLY
 
 from lightning_pref.data.formats import ROW_TYPES, TYPED_COLUMNS, parse_row
 from lightning_pref.data.groups import PromptGroup

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pytest
 from gloo_ranks import free_port
 from rollouts import speaker, write_prompts
+from tallies import KILLS
 
 from lightning_pref.checkpoints import checkpoints_of
 from lightning_pref.commands.differences import first_difference, metrics_difference, whole_state
@@ -27,7 +28,6 @@ from lightning_pref.data.playground_tokenizer import playground_tokenizer
 STARTER = multiprocessing.get_context("forkserver")
 STARTER.set_forkserver_preload([f"lightning_pref.recipes.{name}" for name in ("sft", "reward", "dpo", "rlhf")])
 
-KILLS = "kills"  # which `tallies` prints at the end of a run
 
 COMMON = (
     "--trainer.accelerator=cpu",

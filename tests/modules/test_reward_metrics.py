@@ -157,6 +157,14 @@ def test_the_scale_of_every_member_on_the_validation_rows_goes_into_the_export(
     assert not np.allclose(out.rewards("wco").detach(), standard.min(0), atol=0.1)
 
 
+def reward_model_with_a_scale(tiny_model: TinyModel, folder: Path) -> str:
+    """The folder of a reward model of two members that says what scale they have."""
+    model = build_reward_model(tiny_model(vocab_size=576), num_members=2)
+    ScoreScale(torch.tensor([7.0, 8.0]), torch.tensor([9.0, 9.0])).remember(model.config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def exported_scale(module: RewardModule, folder: Path) -> ScoreScale | None:
     module.save_pretrained(folder, load_tokenizer("playground:tiny"))
     return ScoreScale.recall(AutoModelForSequenceClassification.from_pretrained(folder).config)
@@ -165,13 +173,11 @@ def exported_scale(module: RewardModule, folder: Path) -> ScoreScale | None:
 def test_a_reward_model_that_goes_on_training_does_not_keep_the_scale_it_had(
     tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path
 ) -> None:
-    start = build_reward_model(tiny_model(vocab_size=576), num_members=2)
-    ScoreScale(torch.tensor([7.0, 8.0]), torch.tensor([9.0, 9.0])).remember(start.config)
-    start.save_pretrained(tmp_path / "start")
+    start = reward_model_with_a_scale(tiny_model, tmp_path / "start")
     groups = random_groups(9)
     data = loader(groups, tmp_path / "store")
     for name, validated in (("without", []), ("with", [data])):
-        module = RewardModule(str(tmp_path / "start"), optimizer=STEADY)
+        module = RewardModule(start, optimizer=STEADY)
         trainer(tmp_path, num_sanity_val_steps=0).fit(module, data, *validated)
         found = exported_scale(module, tmp_path / name)
         if not validated:
@@ -186,13 +192,11 @@ def test_a_reward_model_that_goes_on_training_does_not_keep_the_scale_it_had(
 def test_C1_a_resumed_run_exports_the_scale_that_was_measured_before_it_broke_off(
     tiny_model: TinyModel, random_groups: RandomGroups, tmp_path: Path
 ) -> None:
-    start = build_reward_model(tiny_model(vocab_size=576), num_members=2)
-    ScoreScale(torch.tensor([7.0, 8.0]), torch.tensor([9.0, 9.0])).remember(start.config)
-    start.save_pretrained(tmp_path / "start")
+    start = reward_model_with_a_scale(tiny_model, tmp_path / "start")
     data = loader(random_groups(9), tmp_path / "store")
 
     def run(**options: Any) -> ScoreScale | None:
-        module = RewardModule(str(tmp_path / "start"), optimizer=STEADY)
+        module = RewardModule(start, optimizer=STEADY)
         keeps = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         settings: dict[str, Any] = {"max_steps": 5, "max_epochs": -1, "enable_checkpointing": True, "num_sanity_val_steps": 0}
         # Three batches an epoch: the scale is measured after update 3, and the checkpoint of update 4 has it.

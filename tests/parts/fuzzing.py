@@ -22,9 +22,6 @@ Value = Any
 # A case takes milliseconds; the longest pause of a busy machine is far below this.
 SECONDS_PER_CASE = 60
 
-# By which the tally of a test travels from the process that ran it to the one that prints it.
-TALLY = "fuzz_tally"
-
 
 class HangError(AssertionError):
     """A case that does not end."""

@@ -6,7 +6,10 @@ import json
 from collections import Counter
 
 import pytest
-from fuzzing import TALLY
+
+# By which the tally of a test travels from the process that ran it to the one that prints it.
+TALLY = "fuzz_tally"
+KILLS = "kills"
 
 
 def print_tallies(terminalreporter: pytest.TerminalReporter) -> None:
@@ -29,7 +32,7 @@ def print_tallies(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _print_kills(terminalreporter: pytest.TerminalReporter) -> None:
     passed = terminalreporter.getreports("passed")
-    lines = [text for report in passed for name, text in getattr(report, "user_properties", ()) if name == "kills"]
+    lines = [text for report in passed for name, text in getattr(report, "user_properties", ()) if name == KILLS]
     if lines:
         terminalreporter.section("kill -9")
         for line in lines:
